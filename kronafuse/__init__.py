@@ -1,0 +1,48 @@
+"""kronafuse: Kronecker and bottleneck adapters for diffusion models, evaluated without the dense update."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from .ops.kron_linear.op import kron_delta as kron_delta
+    from .ops.kron_linear.op import kron_linear as kron_linear
+    from .ops.kron_linear.op import kron_linear_group as kron_linear_group
+    from .ops.kron_linear.terms import FrozenLinear as FrozenLinear
+    from .ops.kron_linear.terms import KronTerm as KronTerm
+    from .ops.kron_merge.op import kron_merge as kron_merge
+    from .ops.registry import available_impls as available_impls
+    from .planner import plan as plan
+
+_PUBLIC = {
+    "FrozenLinear": ".ops.kron_linear.terms",
+    "KronTerm": ".ops.kron_linear.terms",
+    "available_impls": ".ops.registry",
+    "kron_delta": ".ops.kron_linear.op",
+    "kron_linear": ".ops.kron_linear.op",
+    "kron_linear_group": ".ops.kron_linear.op",
+    "kron_merge": ".ops.kron_merge.op",
+    "plan": ".planner",
+}
+"""Public name -> the module that holds it, loaded when the name is first used."""
+
+_SUBMODULES = ()
+
+__all__ = ["__version__", *_PUBLIC, *_SUBMODULES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name], __name__), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,164 @@
+"""Every rule that a call must keep, with the text it breaks with: op, rule in letters, in numbers, what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .shapes import KronShape
+
+if TYPE_CHECKING:
+    from .ops.kron_linear.terms import FrozenLinear, KronTerm
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_dtype(op: str, name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless the tensor is floating."""
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64; got {_dtype(tensor)}")
+
+
+def check_same_dtype(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raises TypeError unless the tensor has x's dtype."""
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} must have x's dtype {_dtype(x)}; got {_dtype(tensor)}")
+
+
+def check_same_device(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raises ValueError unless the tensor is on x's device."""
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {name} must be on x's device {x.device}; got {tensor.device}")
+
+
+def check_factors(op: str, a: Tensor | None, b: Tensor, b_down: Tensor | None) -> None:
+    """Raises ValueError unless the factors are matrices of at least 1×1 whose ranks agree."""
+    for name, rule, factor in (
+        ("a", "(N1, K1)", a),
+        ("b", "(N2, K2)" if b_down is None else "(N2, R)", b),
+        ("b_down", "(R, K2)", b_down),
+    ):
+        if factor is not None and (factor.dim() != 2 or 0 in factor.shape):
+            raise ValueError(
+                f"{op}: {name} must be {rule} with sizes of at least 1; got {shape_text(factor)}"
+            )
+    if b_down is not None and b.shape[1] != b_down.shape[0]:
+        raise ValueError(
+            f"{op}: b (N2, R) and b_down (R, K2) must share R; got b {shape_text(b)}, b_down {shape_text(b_down)}"
+        )
+
+
+def check_group(op: str, x: Tensor, layers: Sequence[FrozenLinear]) -> None:
+    """Raises unless x and the layers make one call of `kron_linear_group` (`op` names the caller)."""
+    check_dtype(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must be (..., K); got a 0-d tensor")
+    if not layers:
+        raise ValueError(f"{op}: layers must hold at least one FrozenLinear; got none")
+    for index, layer in enumerate(layers):
+        where = op if len(layers) == 1 else f"{op}: layer {index}"
+        features = out_features(where, x, layer)
+        _check_layer(where, x, layer, features)
+
+
+def out_features(op: str, x: Tensor, layer: FrozenLinear) -> int:
+    """N of one layer, from its weight, its first term or its base; x's last dimension is checked against each."""
+    features: int | None = None
+    if layer.weight is not None:
+        if layer.weight.dim() != 2:
+            raise ValueError(f"{op}: weight must be (N, K); got {shape_text(layer.weight)}")
+        if x.shape[-1] != layer.weight.shape[1]:
+            raise ValueError(
+                f"{op}: x must end in K = {layer.weight.shape[1]}; "
+                f"got x {shape_text(x)}, weight {shape_text(layer.weight)}"
+            )
+        features = layer.weight.shape[0]
+    for index, term in enumerate(layer.terms):
+        where = op if len(layer.terms) == 1 else f"{op}: term {index}"
+        check_factors(where, term.a, term.b, term.b_down)
+        shape = KronShape.of(term.a, term.b, term.b_down)
+        if x.shape[-1] != shape.k:
+            raise ValueError(
+                f"{where}: x must end in K = K1·K2 = {shape.k1}·{shape.k2} = {shape.k}; "
+                f"got x {shape_text(x)}, {_factors_text(term)}"
+            )
+        if features is not None and features != shape.n:
+            raise ValueError(
+                f"{where}: N1·N2 = {shape.n1}·{shape.n2} = {shape.n} must be the layer's N = {features}; "
+                f"got {_factors_text(term)}"
+            )
+        features = shape.n
+    if features is None:
+        raise ValueError(f"{op}: a layer needs a weight or at least one term; got neither")
+    return features
+
+
+def _check_layer(op: str, x: Tensor, layer: FrozenLinear, features: int) -> None:
+    whole = (("weight", layer.weight), ("bias", layer.bias), ("base", layer.base))
+    for name, tensor in whole:
+        if tensor is not None:
+            check_dtype(op, name, tensor)
+            check_same_dtype(op, name, tensor, x)
+            check_same_device(op, name, tensor, x)
+    if layer.bias is not None and tuple(layer.bias.shape) != (features,):
+        raise ValueError(f"{op}: bias must be (N,) = ({features},); got {shape_text(layer.bias)}")
+    if layer.base is not None and layer.base.shape != (*x.shape[:-1], features):
+        raise ValueError(
+            f"{op}: base must be (..., N) = {(*x.shape[:-1], features)}, as x {shape_text(x)} says; "
+            f"got {shape_text(layer.base)}"
+        )
+    for term in layer.terms:
+        parts = (("a", term.a), ("b", term.b), ("b_down", term.b_down), ("row_scale", term.row_scale))
+        for name, tensor in parts:
+            if tensor is not None:
+                check_dtype(op, name, tensor)
+                check_same_device(op, name, tensor, x)
+        if term.row_scale is not None and tuple(term.row_scale.shape) != (features,):
+            raise ValueError(
+                f"{op}: row_scale must be (N,) = ({features},); got {shape_text(term.row_scale)}"
+            )
+        check_scale(op, term.scale, x)
+
+
+def check_scale(op: str, scale: object, x: Tensor) -> None:
+    """Raises unless the scale is a real number or a floating 0-d tensor on x's device."""
+    if isinstance(scale, Tensor):
+        check_dtype(op, "scale", scale)
+        check_same_device(op, "scale", scale, x)
+        if scale.dim() != 0:
+            raise ValueError(f"{op}: scale must be a float or a 0-d tensor; got {shape_text(scale)}")
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{op}: scale must be a float or a 0-d tensor; got {type(scale).__name__}")
+
+
+def check_merge(op: str, weight: Tensor, a: Tensor | None, b: Tensor, b_down: Tensor | None) -> None:
+    """Raises unless the factors make a delta of the weight's shape."""
+    check_dtype(op, "weight", weight)
+    check_factors(op, a, b, b_down)
+    shape = KronShape.of(a, b, b_down)
+    if tuple(weight.shape) != (shape.n, shape.k):
+        raise ValueError(
+            f"{op}: weight must be (N, K) = (N1·N2, K1·K2) = ({shape.n1}·{shape.n2}, {shape.k1}·{shape.k2}) = "
+            f"({shape.n}, {shape.k}); got {shape_text(weight)}"
+        )
+    for name, factor in (("a", a), ("b", b), ("b_down", b_down)):
+        if factor is not None:
+            check_dtype(op, name, factor)
+            check_same_device(op, name, factor, weight)
+
+
+def shape_text(tensor: Tensor) -> str:
+    """The tensor's shape as it is written in messages."""
+    return str(tuple(tensor.shape))
+
+
+def _factors_text(term: KronTerm) -> str:
+    parts = (("a", term.a), ("b", term.b), ("b_down", term.b_down))
+    return ", ".join(f"{name} {shape_text(factor)}" for name, factor in parts if factor is not None)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,39 @@
+"""What this machine and this process offer: looked up once, imported never before it is needed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from functools import cache
+
+import torch
+
+TRITON_INTERPRET = "TRITON_INTERPRET"
+"""Environment variable under which Triton runs kernels on the CPU, one NumPy operation at a time."""
+
+
+@cache
+def package_version(name: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be imported; it is not imported here."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_interprets() -> bool:
+    """Whether kernels run in Triton's interpreter. Triton reads the variable when a kernel is defined."""
+    return os.environ.get(TRITON_INTERPRET, "0") == "1"
+
+
+@cache
+def cuda_capability(index: int) -> tuple[int, int]:
+    """Compute capability of a CUDA device, as (9, 0)."""
+    return torch.cuda.get_device_capability(index)

@@ -1,0 +1,122 @@
+"""The four primitives on torch's own GEMMs, on any device: never N×K, and y is added to in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .maps import KronMap
+
+
+def shrink(x: Tensor, maps: Sequence[KronMap]) -> list[Tensor]:
+    """The first product of each map of x (M, in), scaled; low rank with a left factor: P, unscaled."""
+    return [_shrink_one(x, kron) for kron in maps]
+
+
+def _shrink_one(x: Tensor, kron: KronMap) -> Tensor:
+    if kron.in_scale is not None:
+        x = x * kron.in_scale.to(x.dtype)
+    view = kron.in_view(x)
+    if kron.order == "a_first":
+        assert kron.a is not None
+        return mix(view, kron.a, kron.scale).flatten(1)
+    if kron.order == "b_first":
+        return _block(view, kron.b, kron.scale)
+    assert kron.b_down is not None
+    return _block(view, kron.b_down, kron.scale if kron.a is None else 1.0)
+
+
+def _block(view: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+    """scale · B view[m, i]: (M, I1, I2), (O2, I2) -> (M, I1·O2), one GEMM over M·I1 rows."""
+    rows = view.reshape(-1, view.shape[2])
+    alpha, rest = _alpha(scale, view.device)
+    out = torch.addmm(view.new_empty(()), rows, b.t(), beta=0, alpha=alpha)
+    return _times(out, rest).view(view.shape[0], view.shape[1] * b.shape[0])
+
+
+def mix(p: Tensor, a: Tensor, scale: float | Tensor) -> Tensor:
+    """scale · A p[m]: (M, I1, R), (O1, I1) -> (M, O1, R)."""
+    alpha, rest = _alpha(scale, p.device)
+    if alpha == 1:
+        return _times(torch.matmul(a, p), rest)
+    return torch.baddbmm(p.new_empty(()), a.expand(p.shape[0], -1, -1), p, beta=0, alpha=alpha)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    maps: Sequence[KronMap],
+    inners: Sequence[Tensor],
+) -> Tensor:
+    """x Wᵀ + bias + base + Σ up(inner), (M, out)."""
+    if weight is not None:
+        y = torch.nn.functional.linear(x, weight, bias)
+        if base is not None:
+            y += base
+    elif base is not None:
+        y = base + bias if bias is not None else base.clone(memory_format=torch.contiguous_format)
+    else:
+        features = maps[0].left[0] * maps[0].right[0]
+        y = x.new_zeros((x.shape[0], features))
+        if bias is not None:
+            y += bias
+    for kron, inner in zip(maps, inners, strict=True):
+        _expand_into(y, kron, inner.unflatten(1, kron.inner))
+    return y
+
+
+def _expand_into(y: Tensor, kron: KronMap, inner: Tensor) -> None:
+    """y += out_scale ⊙ up(inner), inner (M, ., .) as `kron.inner`."""
+    view = kron.out_view(y)
+    in_place = kron.out_scale is None and not kron.out_shuffled
+    if kron.order == "b_first":
+        assert kron.a is not None
+        if in_place:
+            view.baddbmm_(kron.a.expand(y.shape[0], -1, -1), inner)
+        else:
+            _add(view, torch.matmul(kron.a, inner), kron)
+    elif in_place:
+        view.view(-1, view.shape[2]).addmm_(inner.reshape(-1, inner.shape[2]), kron.b.t())
+    else:
+        _add(view, torch.matmul(inner, kron.b.t()), kron)
+
+
+def _add(view: Tensor, delta: Tensor, kron: KronMap) -> None:
+    if kron.out_scale is not None:
+        delta = delta * kron.out_view(kron.out_scale.to(delta.dtype).unsqueeze(0))
+    view.add_(delta)
+
+
+def reduce(
+    p: Tensor, q: Tensor, scale: float | Tensor, dtype: torch.dtype, p_scale: Tensor | None = None
+) -> Tensor:
+    """scale · Σ_{m,g} (p_scale[g] ⊙ p[m,g])ᵀ q[m,g]: (M, G, P), (M, G, Q) -> (P, Q) in `dtype`."""
+    if p_scale is not None:
+        p = p * p_scale.to(p.dtype)
+    outer, group = p.shape[2] * q.shape[2], p.shape[1] * (p.shape[2] + q.shape[2])
+    per_token_fits = outer <= group and p.dtype in (torch.float32, torch.float64)
+    if per_token_fits and not (_rows_merge(p) and _rows_merge(q)):
+        out = torch.bmm(p.mT, q).sum(0)
+    else:
+        out = p.reshape(-1, p.shape[2]).t() @ q.reshape(-1, q.shape[2])
+    return (out.to(dtype) * scale) if isinstance(scale, Tensor) or scale != 1 else out.to(dtype)
+
+
+def _rows_merge(view: Tensor) -> bool:
+    """Whether (M, G, P) is (M·G, P) without a copy."""
+    return view.shape[0] == 1 or view.shape[1] == 1 or view.stride(0) == view.shape[1] * view.stride(1)
+
+
+def _alpha(scale: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    """The scale as a GEMM's alpha, which multiplies the accumulator; what cannot be one without a sync is left."""
+    if not isinstance(scale, Tensor):
+        return scale, None
+    return (scale.item(), None) if device.type == "cpu" else (1.0, scale)
+
+
+def _times(out: Tensor, rest: Tensor | None) -> Tensor:
+    return out if rest is None else out * rest.to(out.dtype)

@@ -1,0 +1,41 @@
+"""The records a call is made of: a frozen linear layer and the Kronecker terms added to it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class KronTerm(NamedTuple):
+    """One adapter: scale · row_scale ⊙ (A ⊗ B), to be added to a frozen weight.
+
+    a:         (N1, K1)   left factor; None for the 1×1 identity (LoRA)
+    b:         (N2, K2)   right factor, or (N2, R) with b_down
+    b_down:    (R, K2)    B = b · b_down
+    scale:     float or 0-d tensor
+    shuffled:  output index n2·N1 + n1 instead of n1·N2 + n2 (DiffuseKronA's released layout)
+    row_scale: (N,)       multiplies the delta's rows, in the order of y (rank dropout)
+    """
+
+    a: Tensor | None
+    b: Tensor
+    b_down: Tensor | None = None
+    scale: float | Tensor = 1.0
+    shuffled: bool = False
+    row_scale: Tensor | None = None
+
+
+class FrozenLinear(NamedTuple):
+    """One frozen layer and its terms: y = x Wᵀ + bias + base + Σ terms.
+
+    weight: (N, K)     None where the layer itself is evaluated elsewhere and its output is `base`
+    terms:  KronTerms, all of the same N and K
+    bias:   (N,)
+    base:   (..., N)   added to the result
+    """
+
+    weight: Tensor | None
+    terms: tuple[KronTerm, ...] = ()
+    bias: Tensor | None = None
+    base: Tensor | None = None

@@ -1,0 +1,1 @@
+"""W + scale · (A ⊗ B), streamed."""

@@ -1,0 +1,1 @@
+"""Named cases, inputs and accuracy limits, shared by tests and benchmarks."""

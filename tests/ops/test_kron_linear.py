@@ -1,0 +1,250 @@
+"""kron_linear, kron_delta and kron_linear_group against the definition in float64, by implementation."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from kronafuse import FrozenLinear, KronTerm, kron_delta, kron_linear, kron_linear_group
+from kronafuse.ops.kron_linear.ref import kron_delta_ref, kron_linear_ref
+from kronafuse.shapes import KronShape
+from kronafuse.testing.accuracy import check_group, tensors_of
+from kronafuse.testing.cases import CASES, LAYERS, ODD_CASES, Case
+from kronafuse.testing.inputs import case_inputs, generator, random
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOKENS = 33
+"""Tokens of the named cases here; the benchmarks use them whole."""
+EAGER_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+TRITON_DTYPES: list[torch.dtype] = []
+FAST_TRITON_LAYERS = ("sd15_320",)
+"""Layers that the interpreter runs in the fast set; `make test-full` runs all."""
+
+
+def dtype_id(dtype: object) -> str | None:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else None
+
+
+def case_params(impl: str, dtypes: list[torch.dtype]) -> list[object]:
+    params = []
+    for case in CASES.values():
+        layer = case.name.split("-")[0]
+        for dtype in dtypes:
+            slow = impl == "triton" and DEVICE == "cpu" and layer not in FAST_TRITON_LAYERS
+            slow |= (
+                impl == "eager"
+                and dtype in (torch.float16, torch.float64)
+                and layer not in ("sd15_320", "sdxl_640")
+            )
+            slow |= impl == "eager" and layer in ("ff_in", "ff_out", "flux2_3072") and dtype == torch.bfloat16
+            marks = [pytest.mark.slow] if slow else []
+            params.append(pytest.param(case, dtype, impl, marks=marks, id=f"{case}-{dtype_id(dtype)}-{impl}"))
+    return params
+
+
+def odd_params() -> list[object]:
+    pairs = [("eager", torch.float32), ("eager", torch.bfloat16), ("eager", torch.float64)]
+    pairs += [("reference", torch.float64)] + [("triton", dtype) for dtype in TRITON_DTYPES]
+    return [
+        pytest.param(case, dtype, impl, id=f"{case}-{dtype_id(dtype)}-{impl}")
+        for case in ODD_CASES.values()
+        for impl, dtype in pairs
+    ]
+
+
+def to_device(x: torch.Tensor, layer: FrozenLinear) -> tuple[torch.Tensor, FrozenLinear]:
+    def move(value):
+        return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+
+    terms = tuple(KronTerm(*map(move, term)) for term in layer.terms)
+    return move(x), FrozenLinear(move(layer.weight), terms, move(layer.bias), move(layer.base))
+
+
+def check(case: Case, dtype: torch.dtype, impl: str, **options) -> None:
+    x, layer = to_device(*case_inputs(case, dtype, tokens=TOKENS, **options))
+    check_group(partial(kron_linear_group, impl=impl), x, [layer])
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "impl"), case_params("eager", EAGER_DTYPES) + case_params("triton", TRITON_DTYPES)
+)
+def test_named_cases(case, dtype, impl):
+    """y and every gradient of the case list, from float32 factors where x is 16 bits wide."""
+    wide = dtype if dtype == torch.float64 else torch.float32
+    check(case, dtype, impl, factor_dtype=wide)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "impl"),
+    case_params("eager", [torch.bfloat16, torch.float32]) + case_params("triton", TRITON_DTYPES[:1]),
+)
+def test_delta_alone(case, dtype, impl):
+    """Without W the delta's own error cannot hide behind the base's rounding."""
+    x, layer = to_device(*case_inputs(case, dtype, tokens=9, weight=False, bias=False))
+    check_group(partial(kron_linear_group, impl=impl), x, [layer], wanted=[])
+
+
+@pytest.mark.parametrize(("case", "dtype", "impl"), odd_params())
+def test_odd_cases(case, dtype, impl):
+    check(case, dtype, impl)
+
+
+@pytest.mark.parametrize(("case", "dtype", "impl"), odd_params())
+def test_strided_inputs(case, dtype, impl):
+    """x and base with gaps between their elements, transposed factors, base and bias together."""
+    check(case, dtype, impl, strided=True, base=True)
+
+
+@pytest.mark.parametrize(("case", "dtype", "impl"), odd_params())
+def test_delta_with_base_row_scale_and_tensor_scale(case, dtype, impl):
+    """No weight, a base, rank dropout's rows, a tensor scale with a gradient, two terms."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = torch.tensor(0.6, dtype=wide)
+    check(case, dtype, impl, weight=False, base=True, row_scale=True, scale=scale, terms=2)
+
+
+@pytest.mark.parametrize("impl", ["eager"])
+@pytest.mark.parametrize(
+    "case", ["thin_b_first", "fat_a_first", "fat_b_first", "low_rank", "low_rank_fat", "lora"]
+)
+def test_each_gradient_alone(case, impl):
+    """A gradient asked for alone is the one that comes when all are."""
+    x, layer = to_device(
+        *case_inputs(ODD_CASES[case], torch.float32, base=True, row_scale=True, scale=torch.tensor(0.5))
+    )
+    names = list(tensors_of(x, [layer]))
+    assert {"x", "weight0", "bias0", "base0", "b0.0", "scale0.0", "row_scale0.0"} <= set(names)
+    for name in names:
+        check_group(partial(kron_linear_group, impl=impl), x, [layer], wanted=[name])
+
+
+@pytest.mark.parametrize("impl", ["eager"])
+def test_zero_scale_has_a_gradient(impl):
+    x, layer = to_device(*case_inputs(ODD_CASES["low_rank"], torch.float32, scale=torch.tensor(0.0)))
+    check_group(partial(kron_linear_group, impl=impl), x, [layer])
+
+
+@pytest.mark.parametrize("impl", ["eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
+def test_group_of_unlike_layers(dtype, impl):
+    """q, k and v from one x: other widths, other adapters, no adapter at all, delta with base."""
+    source = generator(3)
+    x = random(source, 2, 9, 48, dtype=dtype)
+
+    def rand(*shape):
+        return (random(source, *shape) / shape[-1] ** 0.5).to(dtype)
+
+    layers = [
+        FrozenLinear(rand(64, 48), (KronTerm(rand(16, 2), rand(4, 24), scale=0.5),), rand(64)),
+        FrozenLinear(
+            rand(32, 48), (KronTerm(None, rand(32, 4), rand(4, 48)), KronTerm(rand(4, 6), rand(8, 8)))
+        ),
+        FrozenLinear(rand(24, 48)),
+        FrozenLinear(None, (KronTerm(rand(6, 6), rand(5, 8), shuffled=True),), None, rand(2, 9, 30)),
+    ]
+    x, *_ = to_device(x, layers[0])
+    check_group(partial(kron_linear_group, impl=impl), x, [to_device(x, layer)[1] for layer in layers])
+
+
+@pytest.mark.parametrize("impl", ["eager"])
+def test_unused_output_of_a_group(impl):
+    """A layer whose y goes nowhere adds nothing to dx."""
+    x, layer = to_device(*case_inputs(ODD_CASES["primes"], torch.float32))
+    leaf = x.clone().requires_grad_()
+    alone = torch.autograd.grad(kron_linear_group(leaf, [layer], impl=impl)[0].sum(), leaf)[0]
+    first, _ = kron_linear_group(leaf, [layer, layer], impl=impl)
+    assert torch.equal(torch.autograd.grad(first.sum(), leaf)[0], alone)
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+def test_public_functions_agree_with_their_references(impl):
+    dtype = torch.float32
+    x, layer = to_device(*case_inputs(ODD_CASES["low_rank_shuffled"], dtype, base=True))
+    (term,) = layer.terms
+    options = {"b_down": term.b_down, "scale": 0.3, "shuffled": True}
+    y = kron_linear(x, layer.weight, term.a, term.b, bias=layer.bias, **options, impl=impl)
+    torch.testing.assert_close(
+        y, kron_linear_ref(x, layer.weight, term.a, term.b, bias=layer.bias, **options)
+    )
+    y = kron_delta(x, term.a, term.b, base=layer.base, **options, impl=impl)
+    torch.testing.assert_close(y, kron_delta_ref(x, term.a, term.b, base=layer.base, **options))
+
+
+@pytest.mark.parametrize("impl", ["eager"])
+def test_repeatable(impl):
+    """The same bits twice: forward and every gradient."""
+    from kronafuse.testing.accuracy import run
+
+    x, layer = to_device(*case_inputs(CASES["sd15_320-krona_64x4"], torch.float32, tokens=65))
+    dys = [torch.randn(65, 320, device=DEVICE)]
+    first, second = (run(partial(kron_linear_group, impl=impl), x, [layer], dys) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_planned_backward_is_the_mirrored_order():
+    """A B-first adapter does not take the A-first backward: its FLOPs are counted on torch's own GEMMs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape, tokens = KronShape(64, 4, 20, 320), 64
+    x = torch.randn(tokens, shape.k, requires_grad=True)
+    a, b = torch.randn(64, 4, requires_grad=True), torch.randn(20, 320, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        kron_delta(x, a, b, impl="eager").sum().backward()
+    base = 2 * tokens * shape.n * shape.k
+    assert counter.get_total_flops() <= 0.0575 * base  # forward 1.9 %, backward 3.75 %
+
+
+def test_nothing_wide_is_saved():
+    """What forward keeps beside x and the factors is T of thin terms, to the byte that the planner says."""
+    from kronafuse import plan
+
+    for name in ("sd15_320-krona_64x4", "sd15_320-lokr_f8", "sd15_320-lokr_f8_r16"):
+        case = CASES[name]
+        x, layer = case_inputs(case, torch.float32, tokens=16)
+        term = layer.terms[0]._replace(
+            **{part: getattr(layer.terms[0], part).requires_grad_() for part in ("a", "b")}
+        )
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            kron_linear_group(x, [layer._replace(terms=(term,))], impl="eager")
+        own = {t.data_ptr() for t in tensors_of(x, [layer]).values()}
+        extra = sum(t.numel() * t.element_size() for t in kept if t.data_ptr() not in own)
+        shape = case.shape
+        expected = plan(16, shape.n1, shape.k1, shape.n2, shape.k2, rank=shape.rank, dtype=torch.float32)
+        assert extra == expected.saved_bytes, name
+
+
+@pytest.mark.slow
+def test_memory_within_the_planners_budget():
+    """`profile_memory`: forward and backward of a thin layer never hold an N×K buffer beside y, dx and T."""
+    from torch.profiler import ProfilerActivity, profile
+
+    case = CASES["sdxl_1280-krona_64x4"]
+    x, layer = case_inputs(case, torch.float32, tokens=64)
+    leaf = x.requires_grad_()
+    term = layer.terms[0]._replace(a=layer.terms[0].a.requires_grad_(), b=layer.terms[0].b.requires_grad_())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        kron_linear_group(leaf, [layer._replace(terms=(term,))], impl="eager")[0].sum().backward()
+    largest = max(event.self_cpu_memory_usage for event in prof.events() if event.name != "[memory]")
+    assert largest < case.shape.n * case.shape.k * 4
+    assert largest >= 64 * case.shape.n * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", ["eager"])
+def test_past_int32(impl):
+    """Two rows of x 2³¹ elements apart: addresses must not be 32 bits wide."""
+    buffer = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
+    x = buffer.as_strided((2, 32), (2**31, 1))
+    x.copy_(torch.randn(2, 32))
+    a, b = torch.randn(4, 4, device=DEVICE), torch.randn(8, 8, device=DEVICE)
+    weight = torch.randn(32, 32, device=DEVICE, dtype=torch.float16)
+    y = kron_linear(x, weight, a, b, impl=impl)
+    torch.testing.assert_close(y, kron_linear(x.clone(), weight, a, b, impl=impl))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_adapter_divides_every_layer(layer):
+    """A case that is left out would be a hole in every table."""
+    assert sum(name.startswith(layer + "-") for name in CASES) == 10

@@ -1,0 +1,282 @@
+"""What torch expects of an operator: opcheck, compile, export, autocast, checkpointing, determinism."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from kronafuse import FrozenLinear, KronTerm, kron_delta, kron_linear, kron_linear_group, kron_merge
+from kronafuse.testing.accuracy import tensors_of, with_tensors
+from kronafuse.testing.cases import ODD_CASES
+from kronafuse.testing.inputs import case_inputs
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
+
+GRADCHECKED = (
+    "primes",
+    "primes_shuffled",
+    "b_scalar",
+    "thin_b_first",
+    "thin_a_first",
+    "fat_b_first",
+    "low_rank",
+    "lora",
+)
+
+
+def raw_arguments(case: str, dtype: torch.dtype = torch.float32, *, requires_grad: bool = False):
+    """Arguments of the raw forward op, flat."""
+    x, layer = case_inputs(ODD_CASES[case], dtype, base=True, row_scale=True, tokens=5)
+    (term,) = layer.terms
+    tensors = [x, layer.weight, layer.bias, layer.base, term.a, term.b, term.b_down, None, term.row_scale]
+    if requires_grad:
+        tensors = [None if each is None else each.requires_grad_() for each in tensors]
+    layout = ("kron_linear", "eager", [1], [0.5], [term.shuffled])
+    return tensors[0], tensors[1:4], tensors[4:], layout
+
+
+@pytest.mark.parametrize("case", ["primes", "low_rank", "lora_shuffled", "empty"])
+def test_opcheck_forward(case):
+    x, layer_tensors, term_tensors, layout = raw_arguments(case)
+    torch.library.opcheck(torch.ops.kronafuse.kron_forward, (x, layer_tensors, term_tensors, *layout))
+
+
+@pytest.mark.parametrize("case", ["primes", "low_rank", "lora_shuffled", "empty"])
+@pytest.mark.parametrize("needed", [True, False])
+def test_opcheck_backward(case, needed):
+    x, layer_tensors, term_tensors, layout = raw_arguments(case)
+    y, saved = torch.ops.kronafuse.kron_forward(x, layer_tensors, term_tensors, *layout)
+    present = [x, *layer_tensors[:2], *term_tensors]
+    needs = [each is not None and needed for each in present]
+    arguments = ([torch.randn_like(y)], x, layer_tensors, term_tensors, *layout, [saved], needs)
+    torch.library.opcheck(torch.ops.kronafuse.kron_backward, arguments)
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("case", GRADCHECKED)
+def test_gradcheck_group(case, impl):
+    scale = torch.tensor(0.7, dtype=torch.float64)
+    x, layer = case_inputs(ODD_CASES[case], torch.float64, tokens=3, base=True, row_scale=True, scale=scale)
+    named = tensors_of(x, [layer])
+    leaves = [tensor.clone().requires_grad_() for tensor in named.values()]
+
+    def call(*tensors):
+        given = dict(zip(named, tensors, strict=True))
+        return tuple(kron_linear_group(given["x"], with_tensors([layer], given), impl=impl))
+
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", GRADCHECKED)
+@pytest.mark.parametrize("function", ["kron_linear", "kron_delta", "kron_merge"])
+def test_gradcheck_public_functions(function, case):
+    x, layer = case_inputs(ODD_CASES[case], torch.float64, tokens=2)
+    (term,) = layer.terms
+    given = [x, layer.weight, term.a, term.b, term.b_down, torch.tensor(0.4, dtype=torch.float64)]
+    leaves = [None if each is None else each.clone().requires_grad_() for each in given]
+
+    def call(x, weight, a, b, b_down, scale):
+        options = {"b_down": b_down, "scale": scale, "shuffled": term.shuffled}
+        if function == "kron_linear":
+            return kron_linear(x, weight, a, b, **options, impl="eager")
+        if function == "kron_delta":
+            return kron_delta(x, a, b, **options, impl="eager")
+        return kron_merge(weight, a, b, **options)
+
+    used = {"kron_linear": {0, 1}, "kron_delta": {0}, "kron_merge": {1}}[function] | {2, 3, 4, 5}
+    inputs = [
+        leaf if index in used else (leaf if leaf is None else leaf.detach())
+        for index, leaf in enumerate(leaves)
+    ]
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+
+
+def test_second_derivatives_raise():
+    x = torch.randn(3, 8, requires_grad=True)
+    y = kron_delta(x, torch.randn(2, 2), torch.randn(3, 4), impl="eager")
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="kron_delta: second derivatives are not implemented"):
+        dx.sum().backward()
+
+
+def compiled_layers():
+    weight = torch.randn(64, 48)
+    a, b = torch.randn(16, 2, requires_grad=True), torch.randn(4, 24, requires_grad=True)
+    return weight, a, b
+
+
+@pytest.mark.parametrize("impl", ["eager", "auto"])
+def test_compile_fullgraph_one_graph_for_scales_and_tokens(impl):
+    """Floats that change, tokens that change: one graph, equal results, equal gradients."""
+    torch._dynamo.reset()
+    weight, a, b = compiled_layers()
+    counter = CompileCounter()
+    function = partial(kron_linear, weight=weight, a=a, b=b, impl=impl)
+    compiled = torch.compile(lambda x, s: function(x, scale=s), fullgraph=True, dynamic=True, backend=counter)
+    for tokens in (5, 9, 4):
+        for scale in (0.5, 1.5, 0.3):
+            x = torch.randn(2, tokens, 48, requires_grad=True)
+            dy = torch.randn(2, tokens, 64)
+            ours = compiled(x, scale)
+            expected = function(x, scale=scale)
+            torch.testing.assert_close(ours, expected)
+            grads = torch.autograd.grad(ours, (x, a, b), dy)
+            torch.testing.assert_close(grads, torch.autograd.grad(expected, (x, a, b), dy))
+    assert counter.frame_count == 1
+
+
+def test_compile_fullgraph_with_inductor_group():
+    """q, k and v through inductor, forward and backward; the op stays visible as one call."""
+    torch._dynamo.reset()
+    weight, a, b = compiled_layers()
+    scale = torch.tensor(0.5)
+
+    def block(x):
+        layers = [
+            FrozenLinear(weight, (KronTerm(a, b, scale=scale),)),
+            FrozenLinear(weight),
+            FrozenLinear(weight),
+        ]
+        q, k, v = kron_linear_group(x * 2, layers, impl="eager")
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    x = torch.randn(1, 6, 48, requires_grad=True)
+    ours, expected = torch.compile(block, fullgraph=True)(x), block(x)
+    torch.testing.assert_close(ours, expected)
+    dy = torch.randn_like(ours)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, (x, a, b), dy), torch.autograd.grad(expected, (x, a, b), dy)
+    )
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(strict):
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            weight, a, b = compiled_layers()
+            self.weight = torch.nn.Parameter(weight, requires_grad=False)
+            self.a, self.b = torch.nn.Parameter(a.detach()), torch.nn.Parameter(b.detach())
+
+        def forward(self, x):
+            return kron_linear(x, self.weight, self.a, self.b, scale=0.5, impl="eager")
+
+    layer = Layer()
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    program = torch.export.export(layer, (torch.randn(7, 48),), dynamic_shapes=({0: tokens},), strict=strict)
+    graphs = [
+        module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)
+    ]
+    assert any("kron_forward" in str(node.target) for graph in graphs for node in graph.nodes)
+    x = torch.randn(11, 48)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_takes_its_dtype_and_backward_stays_in_it(dtype):
+    weight, a, b = compiled_layers()
+    weight.requires_grad_()
+    x = torch.randn(5, 48, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        y = kron_linear(x, weight, a, b, bias=torch.randn(64), impl="eager")
+    assert y.dtype == dtype
+    low = kron_linear(x.to(dtype), weight.to(dtype), a, b, impl="eager")
+    grads = torch.autograd.grad(y, (x, weight, a, b), torch.ones_like(y))
+    assert [grad.dtype for grad in grads] == [torch.float32] * 4
+    expected = torch.autograd.grad(low, (x, weight, a, b), torch.ones_like(low))
+    torch.testing.assert_close(grads, expected)
+
+
+def test_autocast_leaves_float64_alone():
+    x, a, b = torch.randn(3, 8, dtype=torch.float64), torch.randn(2, 2), torch.randn(3, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert kron_delta(x, a, b, impl="eager").dtype == torch.float64
+
+
+def test_bfloat16_x_is_not_copied_for_float32_factors():
+    """fp32 factors on bf16 activations: what is saved of x is x itself."""
+    x = torch.randn(16, 48, dtype=torch.bfloat16, requires_grad=True)
+    _, a, b = compiled_layers()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = kron_delta(x, a, b, impl="eager")
+    assert y.dtype == torch.bfloat16
+    assert any(t.data_ptr() == x.data_ptr() and t.dtype == torch.bfloat16 for t in kept)
+    assert not any(
+        t.dtype == torch.float32 and t.numel() >= x.numel() for t in kept if t is not b and t is not a
+    )
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(use_reentrant):
+    weight, a, b = compiled_layers()
+    x = torch.randn(5, 48, requires_grad=True)
+
+    def block(x):
+        return kron_linear(torch.tanh(x), weight, a, b, impl="eager")
+
+    dy = torch.randn(5, 64)
+    expected = torch.autograd.grad(block(x), (x, a, b), dy)
+    checkpoint(block, x, use_reentrant=use_reentrant).backward(dy)
+    torch.testing.assert_close((x.grad, a.grad, b.grad), expected)
+
+
+def test_deterministic_mode():
+    weight, a, b = compiled_layers()
+    x = torch.randn(5, 48, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (
+            torch.autograd.grad(kron_linear(x, weight, a, b, impl="eager").sum(), (x, a, b)) for _ in range(2)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+
+
+def test_func_grad():
+    """torch.func sees through the Function, whose context is set up apart from its forward."""
+    weight, a, b = compiled_layers()
+    x = torch.randn(5, 48)
+
+    def loss(a):
+        return kron_linear(x, weight, a, b, impl="eager").square().sum()
+
+    expected = torch.autograd.grad(loss(a), a)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(a.detach()), expected)
+
+
+def test_outputs_alias_nothing():
+    """Even a layer that only passes its base on gives a new tensor."""
+    x, base = torch.randn(3, 8), torch.randn(3, 6)
+    a, b = torch.zeros(2, 2), torch.zeros(3, 4)
+    y = kron_delta(x, a, b, base=base, scale=0.0, impl="eager")
+    y.add_(1.0)
+    assert not torch.equal(y, base)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_of_a_training_step():
+    weight, a, b = (each.detach().cuda().to(torch.bfloat16) for each in compiled_layers())
+    a.requires_grad_()
+    b.requires_grad_()
+    x = torch.randn(64, 48, device="cuda", dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW([a, b], lr=1e-2, capturable=True)
+
+    def step():
+        optimizer.zero_grad(set_to_none=False)
+        kron_linear(x, weight, a, b, impl="triton").square().mean().backward()
+        optimizer.step()
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    before = a.detach().clone()
+    graph.replay()
+    assert not torch.equal(a, before)
