@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING, Any
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from . import formats as formats
+    from . import nn as nn
+    from .models.attach import Attachment as Attachment
+    from .models.attach import attach as attach
+    from .nn.specs import KronA as KronA
+    from .nn.specs import LoKr as LoKr
+    from .nn.specs import LoRA as LoRA
     from .ops.kron_linear.op import kron_delta as kron_delta
     from .ops.kron_linear.op import kron_linear as kron_linear
     from .ops.kron_linear.op import kron_linear_group as kron_linear_group
@@ -18,8 +25,13 @@ if TYPE_CHECKING:
     from .planner import plan as plan
 
 _PUBLIC = {
+    "Attachment": ".models.attach",
     "FrozenLinear": ".ops.kron_linear.terms",
+    "KronA": ".nn.specs",
     "KronTerm": ".ops.kron_linear.terms",
+    "LoKr": ".nn.specs",
+    "LoRA": ".nn.specs",
+    "attach": ".models.attach",
     "available_impls": ".ops.registry",
     "kron_delta": ".ops.kron_linear.op",
     "kron_linear": ".ops.kron_linear.op",
@@ -29,7 +41,7 @@ _PUBLIC = {
 }
 """Public name -> the module that holds it, loaded when the name is first used."""
 
-_SUBMODULES = ()
+_SUBMODULES = ("formats", "nn")
 
 __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from .kron_linear.op import IMPLEMENTATIONS
+from .kron_linear.raw import IMPLEMENTATIONS
 
 
 def available_impls() -> dict[str, list[str]]:

@@ -1,0 +1,1 @@
+"""Adapters on whole models: where they sit, putting them on and taking them off."""

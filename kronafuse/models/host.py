@@ -1,0 +1,124 @@
+"""What adapters have changed in a model, kept with the model so that the last one to go undoes it exactly."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from torch import nn
+
+from ..nn.factors import KronFactors
+from ..nn.kron import KronLinear
+from .sites import Place, attention_blocks
+
+if TYPE_CHECKING:
+    from .processors import SharingProcessors
+
+ATTRIBUTE = "_kronafuse_host"
+"""Where a model with adapters keeps its Host; absent from a model without."""
+
+FUSING_METHODS = ("fuse_qkv_projections", "fuse_projections")
+"""diffusers' methods that copy the frozen weights of q, k and v into one layer, without the deltas."""
+
+
+class Host:
+    """The adapted layers of one model, its frozen parameters, its attention processors and its refusals.
+
+    Everything is undone on the instance it was done to; nothing is changed in a class or a process.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[str, tuple[KronLinear, Place]] = {}
+        self.frozen: list[str] = []
+        self.refusing: list[tuple[nn.Module, str, Any]] = []
+        self.processors: SharingProcessors | None = None
+        self.users = 0
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Host:
+        """The model's Host; the first one freezes the model's parameters and takes over its attention."""
+        host = model.__dict__.get(ATTRIBUTE)
+        if host is None:
+            host = cls()
+            model.__dict__[ATTRIBUTE] = host
+            host._freeze(model)
+            host._refuse_fusing(model)
+        return host
+
+    def wrap(self, place: Place) -> KronLinear:
+        """The adapted layer at this place, put there if it is not yet."""
+        if place.name in self.layers:
+            return self.layers[place.name][0]
+        layer = KronLinear(place.module)
+        layer.train(place.module.training)
+        for parent, attribute in place.holders:
+            setattr(parent, attribute, layer)
+        self.layers[place.name] = (layer, place)
+        return layer
+
+    def share_inputs(self, model: nn.Module) -> None:
+        """Let known attention processors evaluate q, k and v from one read of x."""
+        if "diffusers" not in sys.modules:
+            return  # then the model is none of its models
+        from .processors import SharingProcessors
+
+        self.processors = self.processors or SharingProcessors()
+        self.processors.extend(model)
+
+    def unwrap(self, name: str, factors: KronFactors) -> None:
+        """Take one adapter off one layer; without adapters the base is put back where it was."""
+        self.layers[name][0].discard(factors)
+        self._put_back(name)
+
+    def _put_back(self, name: str) -> None:
+        layer, place = self.layers[name]
+        if len(layer.adapters) == 0:
+            for parent, attribute in place.holders:
+                setattr(parent, attribute, place.module)
+            del self.layers[name]
+
+    def displaced(self) -> list[str]:
+        """Adapted layers that something else has since replaced in the model."""
+        return [
+            name
+            for name, (layer, place) in self.layers.items()
+            if any(parent._modules.get(attribute) is not layer for parent, attribute in place.holders)
+        ]
+
+    def leave(self, model: nn.Module) -> None:
+        """One user less; after the last, the model is as it was before the first."""
+        self.users -= 1
+        if self.users > 0:
+            return
+        for name in tuple(self.layers):
+            self._put_back(name)
+        if self.processors is not None:
+            self.processors.restore()
+        for module, method, own in self.refusing:
+            del module.__dict__[method]
+            if own is not None:
+                module.__dict__[method] = own
+        for name in self.frozen:
+            model.get_parameter(name).requires_grad_(True)
+        del model.__dict__[ATTRIBUTE]
+
+    def _freeze(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.frozen.append(name)
+                parameter.requires_grad_(False)
+
+    def _refuse_fusing(self, model: nn.Module) -> None:
+        for module in (model, *attention_blocks(model).values()):
+            for method in FUSING_METHODS:
+                if callable(getattr(module, method, None)):
+                    self.refusing.append((module, method, module.__dict__.get(method)))
+                    module.__dict__[method] = partial(_refuse, method, type(module).__name__)
+
+
+def _refuse(method: str, name: str, *_args: Any, **_kwargs: Any) -> NoReturn:
+    raise RuntimeError(
+        f"{name}.{method}: the model carries kronafuse adapters, whose deltas a fused projection would drop."
+        " Fuse first and adapt the fused layers, or merge(keep=False) and remove() the attachment first."
+    )

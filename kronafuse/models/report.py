@@ -1,0 +1,70 @@
+"""What `attach` did to a model, as a record that prints as a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted layer.
+
+    order:   what the planner runs first: "a_first", "b_first" or "low_rank"
+    unfused: why the base is called instead of being read by the kernel, or None; known after a first call
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    factors: str
+    parameters: int
+    order: str
+    unfused: str | None
+    merged: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Adapted layers, attention blocks without a match, and which attention processors share reads.
+
+    unmatched:  attention block -> its linear layers, where no target matched
+    sharing:    attention blocks whose q, k and v are evaluated from one read of x
+    unshared:   adapted attention block -> its processor's class, which we do not know and left as it is
+    """
+
+    model: str
+    layers: tuple[LayerReport, ...]
+    unmatched: dict[str, list[str]]
+    sharing: tuple[str, ...]
+    unshared: dict[str, str]
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers in all."""
+        return sum(each.parameters for each in self.layers)
+
+    @property
+    def fused(self) -> int:
+        """Layers whose base is read by the kernel."""
+        return sum(each.unfused is None for each in self.layers)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}: {len(self.layers)} layers adapted, {self.fused} fused,"
+            f" {self.parameters:,} parameters; {len(self.sharing)} attention blocks read x once"
+        ]
+        width = max((len(each.name) for each in self.layers), default=0)
+        for each in self.layers:
+            state = "fused" if each.unfused is None else f"base + delta: {each.unfused}"
+            lines.append(
+                f"  {each.name:<{width}}  {each.in_features} -> {each.out_features} as {each.factors},"
+                f" {each.order}, {each.parameters:,} parameters, {state}{', merged' if each.merged else ''}"
+            )
+        for name, layers in self.unmatched.items():
+            lines.append(f"  no target matches attention block {name}, which has {', '.join(layers)}")
+        for name, count in Counter(self.unshared.values()).items():
+            lines.append(
+                f"  {count} attention blocks keep their processor {name}: x is read once per projection"
+            )
+        return "\n".join(lines)

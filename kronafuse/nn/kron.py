@@ -1,0 +1,184 @@
+"""A frozen linear layer with Kronecker adapters on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.kron_linear.op import kron_linear_group
+from ..ops.kron_linear.terms import FrozenLinear, KronTerm
+from .factors import KronFactors
+from .fusing import has_global_hooks, has_hooks, input_reason, module_reason
+from .layout import Layout
+from .merging import MergedWeight
+from .specs import AdapterSpec
+
+
+class KronLinear(nn.Module):
+    """y = base(x) + Σ scale · x (A ⊗ B)ᵀ over the layer's adapters.
+
+    base: nn.Linear (K -> N), or another layer with `in_features` and `out_features` that acts like one
+    spec: the first adapter, KronA, LoKr or LoRA; None for none yet
+
+    The product with the base's weight and the adapters run in one operator where a call of `base` is a plain
+    F.linear (`nn/fusing.py`); elsewhere base(x) is computed and the delta added. `unfused` says why, or is
+    None. `base` is held as the submodule `base_layer`, and `weight` and `bias` are its own.
+    """
+
+    def __init__(self, base: nn.Module, spec: AdapterSpec | None = None) -> None:
+        super().__init__()
+        for size in ("in_features", "out_features"):
+            if not isinstance(getattr(base, size, None), int):
+                raise TypeError(
+                    f"KronLinear: base must have in_features and out_features; {type(base).__name__} has not"
+                )
+        self.base_layer = base
+        self.adapters = nn.ModuleDict()
+        self._merging = MergedWeight()
+        self._input_reason: str | None = None
+        if spec is not None:
+            self.add(spec.layout(self.out_features, self.in_features))
+
+    @property
+    def in_features(self) -> int:
+        """K"""
+        return int(self.base_layer.in_features)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def out_features(self) -> int:
+        """N"""
+        return int(self.base_layer.out_features)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, K), the base's."""
+        return self.base_layer.weight  # pyright: ignore[reportReturnType]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(N,), the base's."""
+        return self.base_layer.bias  # pyright: ignore[reportReturnType]
+
+    @property
+    def unfused(self) -> str | None:
+        """Why the base is called and not read by the kernel, for the last input too; None if it is read."""
+        return module_reason(self.base_layer) or self._input_reason
+
+    def add(self, layout: Layout) -> KronFactors:
+        """Stack one more adapter, on the base's device; its factors start at a delta of 0."""
+        shape = layout.shape
+        if (shape.n, shape.k) != (self.out_features, self.in_features):
+            raise ValueError(
+                f"KronLinear: factors {layout} make ({shape.n}, {shape.k});"
+                f" the layer's (N, K) is ({self.out_features}, {self.in_features})"
+            )
+        tensors = (*self.base_layer.parameters(), *self.base_layer.buffers())
+        if tensors and tensors[0].is_meta and has_hooks(self.base_layer):
+            raise ValueError(
+                "KronLinear: the base's weight is offloaded (on meta, with hooks that bring it back at a call);"
+                " add adapters first, then offload"
+            )
+        factors = KronFactors(layout, device=tensors[0].device if tensors else None)
+        names = [int(name) for name in self.adapters]
+        self.adapters[str(max(names, default=-1) + 1)] = factors
+        return factors
+
+    def discard(self, factors: KronFactors) -> None:
+        """Take one adapter off the layer; what was merged with keep=False stays in the weight."""
+        self._merging.drop(factors)
+        name = next(name for name, each in self.adapters.items() if each is factors)
+        del self.adapters[name]
+
+    def merge(self, factors: KronFactors, *, keep: bool = True, name: str = "the layer") -> None:
+        """Replace the base's weight by weight + delta.
+
+        `keep` holds on to the original Parameter for `unmerge`; without it every delta now in the weight of
+        this layer, of other adapters too, stays there for good. Raises RuntimeError where the base is no
+        plain Linear.
+        """
+        if factors not in self._merging:
+            self._merging.add(name, self.base_layer, factors)
+        if not keep:
+            self._merging.forget()
+
+    def unmerge(self, factors: KronFactors, *, name: str = "the layer") -> None:
+        """Undo `merge`: the last one to go puts back the original Parameter, the same object and bits."""
+        if factors in self._merging:
+            self._merging.take_out(name, self.base_layer, factors)
+
+    def is_merged(self, factors: KronFactors) -> bool:
+        """Whether this adapter's delta is in the weight now."""
+        return factors in self._merging
+
+    def is_final(self, factors: KronFactors) -> bool:
+        """Whether this adapter's delta is in the weight for good."""
+        return any(each is factors for each in self._merging.final)
+
+    def active(self) -> list[KronFactors]:
+        """The adapters whose deltas a call adds: those that are not merged."""
+        adapters: list[KronFactors] = list(self.adapters.values())  # pyright: ignore[reportAssignmentType]
+        merging = self._merging
+        return [each for each in adapters if each not in merging] if merging else adapters
+
+    def terms(self) -> tuple[KronTerm, ...]:
+        """The deltas that a call adds, as the operators take them."""
+        return tuple(each() if has_hooks(each) else each.term() for each in self.active())
+
+    def frozen_linear(self, x: Tensor, terms: tuple[KronTerm, ...]) -> FrozenLinear:
+        """The layer as the operators take it: its weight where that is safe, else its output for x."""
+        base = self.base_layer
+        reason = module_reason(base)
+        if reason is None:
+            assert isinstance(base, nn.Linear)
+            reason = input_reason(base, x)
+            if not torch.compiler.is_compiling():
+                self.__dict__["_input_reason"] = reason
+            if reason is None:
+                return FrozenLinear(base.weight, terms, base.bias)
+        return FrozenLinear(None, terms, None, base(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N)."""
+        terms = self.terms()
+        if not terms:
+            return self.base_layer(x)
+        return kron_linear_group(x, [self.frozen_linear(x, terms)])[0]
+
+    def extra_repr(self) -> str:
+        """Sizes, factors, scales, and whether the layer is fused."""
+        adapters: list[KronFactors] = list(self.adapters.values())  # pyright: ignore[reportAssignmentType]
+        parts = [f"{self.in_features} -> {self.out_features}"]
+        for each in adapters:
+            scale = each.layout.scale if each.lokr_scale.is_meta else round(float(each.lokr_scale), 6)
+            merged = ", merged" if self.is_merged(each) else ""
+            parts.append(f"as {each.layout}, scale={scale}{merged}")
+        reason = self.unfused
+        return (
+            " ".join(parts[:2])
+            + "".join(f" + {part}" for part in parts[2:])
+            + ", "
+            + ("fused" if reason is None else f"base + delta: {reason}")
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KronLinear:
+        super()._apply(fn, recurse)
+        self._merging.apply(fn)
+        return self
+
+
+def joins_a_group(module: nn.Module) -> bool:
+    """Whether a layer may be evaluated together with others that share its input instead of being called."""
+    return (
+        type(module) is KronLinear
+        and not has_hooks(module)
+        and not has_global_hooks()
+        and len(module.active()) > 0
+    )
+
+
+def linear_group(x: Tensor, layers: Sequence[KronLinear]) -> list[Tensor]:
+    """[layer(x) for layer in layers], from one read of x. Every layer must satisfy `joins_a_group`."""
+    with_terms = [(layer, layer.terms()) for layer in layers]
+    return kron_linear_group(x, [layer.frozen_linear(x, terms) for layer, terms in with_terms])

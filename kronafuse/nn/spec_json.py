@@ -1,0 +1,58 @@
+"""Specs as JSON objects and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from .specs import AdapterSpec, KronA, LoKr, LoRA
+
+KINDS: dict[str, type[AdapterSpec]] = {kind.__name__: kind for kind in (KronA, LoKr, LoRA)}
+
+
+def spec_to_dict(spec: AdapterSpec) -> dict[str, Any]:
+    """The spec as a JSON object: its kind and every field, defaults included."""
+    values: dict[str, Any] = {"kind": type(spec).__name__}
+    for each in fields(spec):
+        value = getattr(spec, each.name)
+        if isinstance(value, torch.dtype):
+            value = str(value).removeprefix("torch.")
+        elif isinstance(value, tuple):
+            value = list(value)
+        elif isinstance(value, Mapping):
+            value = {suffix: spec_to_dict(override) for suffix, override in value.items()}
+        values[each.name] = value
+    return values
+
+
+def spec_from_dict(values: Mapping[str, Any]) -> AdapterSpec:
+    """The spec that `spec_to_dict` wrote.
+
+    Raises ValueError for an unknown kind, field or dtype, and whatever the spec itself refuses.
+    """
+    remaining = dict(values)
+    kind = KINDS.get(str(remaining.pop("kind", None)))
+    if kind is None:
+        raise ValueError(f"spec: kind must be one of {', '.join(KINDS)}; got {values.get('kind')!r}")
+    known = {each.name for each in fields(kind)}
+    unknown = sorted(set(remaining) - known)
+    if unknown:
+        raise ValueError(
+            f"spec: {kind.__name__} has no fields {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+        )
+    if "dtype" in remaining:
+        dtype = getattr(torch, str(remaining["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"spec: dtype must name a torch dtype; got {remaining['dtype']!r}")
+        remaining["dtype"] = dtype
+    for name in ("targets", "factors"):
+        if name in remaining:
+            remaining[name] = tuple(remaining[name])
+    if remaining.get("per_target") is not None:
+        remaining["per_target"] = {
+            suffix: spec_from_dict(override) for suffix, override in remaining["per_target"].items()
+        }
+    return kind(**remaining)
