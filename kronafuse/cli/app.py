@@ -1,0 +1,21 @@
+"""The typer application: one file a command."""
+
+from __future__ import annotations
+
+import typer
+
+from .demo import demo
+from .doctor import doctor
+from .exits import reported
+from .sample import sample
+from .train import train
+
+app = typer.Typer(
+    name="kronafuse",
+    help="Kronecker adapters for diffusion models: training, sampling, and a demo on real handwriting.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for _command in (demo, train, sample, doctor):
+    app.command(name=_command.__name__)(reported(_command))

@@ -1,0 +1,39 @@
+"""From the keys of a configuration, or from an adapter file, to an adapter on a base model."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .. import formats
+from ..models.attach import Attachment, attach
+from ..nn.specs import AdapterSpec, KronA, LoKr, LoRA
+from .base import Base
+from .config import TrainConfig
+
+KINDS: dict[str, type[AdapterSpec]] = {"krona": KronA, "lokr": LoKr, "lora": LoRA}
+"""The values of the key `adapter`."""
+
+KEYS = ("factors", "factor", "rank", "alpha", "scale", "shuffled", "targets")
+"""The keys that describe an adapter; which of them count depends on its kind."""
+
+
+def adapter_spec(config: TrainConfig) -> AdapterSpec:
+    """The spec that a configuration describes; ValueError for a key that its kind does not have."""
+    kind = KINDS[config.adapter]
+    given: dict[str, Any] = {key: getattr(config, key) for key in KEYS if getattr(config, key) is not None}
+    taken = [key for key in KEYS if key in {each.name for each in fields(kind)}]
+    foreign = [key for key in given if key not in taken]
+    if foreign:
+        raise ValueError(
+            f"adapter {config.adapter!r} does not take {', '.join(foreign)}; its keys are: {', '.join(taken)}"
+        )
+    return kind(**given)
+
+
+def attach_file(base: Base, path: Path) -> Attachment:
+    """Puts the adapter of a file on the base model; the errors are those of `formats.load` and `attach`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"adapter file {path} does not exist")
+    return attach(base.unet, formats.load(path))

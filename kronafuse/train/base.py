@@ -1,0 +1,147 @@
+"""The frozen model that adapters are trained on, loaded from a diffusers folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor, nn
+
+from .conditioning import CLASS_TOKENS, ClassTokens, Conditioning
+
+
+@dataclass
+class Base:
+    """A U-Net, its noise schedule, what it is conditioned on, and a VAE where it works on latents."""
+
+    unet: UNet2DConditionModel
+    scheduler: DDPMScheduler
+    conditioning: Conditioning
+    vae: AutoencoderKL | None = None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images: the VAE's input, or the U-Net's."""
+        return int((self.unet if self.vae is None else self.vae).config["in_channels"])
+
+    @property
+    def reduction(self) -> int:
+        """Pixels to a side of one latent; 1 without a VAE."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images the U-Net was made for."""
+        return int(self.unet.config["sample_size"]) * self.reduction
+
+    def check_resolution(self, resolution: int) -> None:
+        """ValueError where the U-Net cannot halve its input as often as it has levels."""
+        multiple = self.reduction * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+        if resolution % multiple:
+            raise ValueError(
+                f"resolution must be a multiple of {multiple} for this base model; got {resolution}"
+            )
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """What the U-Net learns: the pixels (batch, channels, height, width), or scaled latents."""
+        if self.vae is None:
+            return pixels
+        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist  # type: ignore[union-attr]
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
+        shift = self.vae.config.get("shift_factor") or 0.0
+        return (posterior.mean + posterior.std * noise - shift) * self.vae.config["scaling_factor"]
+
+    @torch.no_grad()
+    def decode_images(self, latents: Tensor) -> Tensor:
+        """Images in [-1, 1], on the CPU in float32."""
+        if self.vae is not None:
+            latents = latents / self.vae.config["scaling_factor"] + (
+                self.vae.config.get("shift_factor") or 0.0
+            )
+            latents = self.vae.decode(latents.to(self.vae.dtype)).sample  # type: ignore[union-attr]
+        return latents.float().clamp(-1, 1).cpu()
+
+    def to(self, device: torch.device) -> Base:
+        """Moves everything."""
+        for model in (self.unet, self.vae):
+            if model is not None:
+                nn.Module.to(model, device)
+        self.conditioning.to(device)
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Writes a class-conditional base as a diffusers folder with its class tokens."""
+        if not isinstance(self.conditioning, ClassTokens):
+            raise TypeError(f"only a base with class tokens is saved; got {type(self.conditioning).__name__}")
+        self.unet.save_pretrained(folder / "unet")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        self.conditioning.save(folder)
+
+
+def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
+    """A frozen base model from a local folder.
+
+    folder: `unet/` and `scheduler/` as diffusers saves them, `vae/` where there is one, and either the class tokens
+            of `Base.save` or `tokenizer/` and `text_encoder/` (CLIP; for SDXL the same twice, the second with _2)
+    dtype:  of U-Net and conditioning; the VAE stays in float32, whose range half precision lacks
+
+    Raises FileNotFoundError (no folder, a part that is missing), ValueError (a part of another kind).
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"base model {folder} does not exist or is not a folder")
+    with_classes = (folder / CLASS_TOKENS).is_file()
+    needed = ["unet", "scheduler", *([] if with_classes else ["tokenizer", "text_encoder"])]
+    absent = [name for name in needed if not (folder / name).is_dir()]
+    if absent:
+        found = ", ".join(sorted(each.name for each in folder.iterdir())) or "nothing"
+        raise FileNotFoundError(
+            f"base model {folder} lacks {', '.join(absent)}; it needs unet/, scheduler/"
+            f" and either tokenizer/ and text_encoder/ or {CLASS_TOKENS}; it has {found}"
+        )
+    if (folder / "text_encoder_2").is_dir() and not (folder / "tokenizer_2").is_dir():
+        raise FileNotFoundError(f"base model {folder} has text_encoder_2/ and lacks tokenizer_2/")
+    unet = UNet2DConditionModel.from_pretrained(
+        _part(folder, "unet", "UNet2DConditionModel"), torch_dtype=dtype, local_files_only=True
+    )
+    vae = None
+    if (folder / "vae").is_dir():
+        vae = AutoencoderKL.from_pretrained(_part(folder, "vae", "AutoencoderKL"), local_files_only=True)
+        vae.requires_grad_(False).eval()
+    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    assert isinstance(scheduler, DDPMScheduler)
+    conditioning = ClassTokens.load(folder, dtype) if with_classes else _text(folder, unet, dtype)
+    return Base(unet.requires_grad_(False).eval(), scheduler, conditioning, vae)
+
+
+def sampling_scheduler(base: Base) -> DDIMScheduler:
+    """DDIM on the base's noise schedule."""
+    scheduler = DDIMScheduler.from_config(base.scheduler.config)
+    assert isinstance(scheduler, DDIMScheduler)
+    return scheduler
+
+
+def _text(folder: Path, unet: UNet2DConditionModel, dtype: torch.dtype) -> Conditioning:
+    from .text import OneEncoder, TwoEncoders
+
+    two, kind = (folder / "text_encoder_2").is_dir(), unet.config.get("addition_embed_type")
+    if kind != ("text_time" if two else None):
+        raise ValueError(
+            f"base model {folder}: a U-Net with addition_embed_type {kind!r} and {'two' if two else 'one'} text"
+            " encoders is neither a Stable Diffusion nor a Stable Diffusion XL"
+        )
+    return (TwoEncoders if two else OneEncoder).load(folder, dtype)
+
+
+def _part(folder: Path, name: str, kind: str) -> Path:
+    config: dict[str, Any] = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
+    if config.get("_class_name", kind) != kind:
+        raise ValueError(f"base model {folder}: {name}/ must be a {kind}; it is a {config['_class_name']}")
+    return folder / name

@@ -1,0 +1,67 @@
+"""Images between tensors in [-1, 1] and PNG files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .files import replace_file
+
+MODES = {1: "L", 3: "RGB"}
+"""PIL's image mode for each number of channels."""
+
+
+def image_mode(channels: int) -> str:
+    """PIL's mode for images of this many channels."""
+    if channels not in MODES:
+        raise ValueError(f"images must have 1 or 3 channels; got {channels}")
+    return MODES[channels]
+
+
+def to_pixels(image: Image.Image, resolution: int, channels: int) -> Tensor:
+    """(channels, resolution, resolution) in [-1, 1]: the shorter side scaled, the centre cut out."""
+    square = ImageOps.fit(
+        image.convert(image_mode(channels)), (resolution, resolution), Image.Resampling.BICUBIC
+    )
+    array = np.asarray(square, dtype=np.float32).reshape(resolution, resolution, channels)
+    return torch.from_numpy(array / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """One image (channels, height, width) in [-1, 1] as a PIL image; values outside are clamped."""
+    levels = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    array = levels.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
+def save_png(path: Path, image: Image.Image) -> None:
+    """A PNG file, whole or not at all."""
+    with replace_file(path) as partial:
+        image.save(partial, format="PNG")
+
+
+def grid(pixels: Tensor, columns: int, *, zoom: int = 1, gap: int = 1) -> Image.Image:
+    """Images (count, channels, height, width) side by side, `columns` in a row, `gap` pixels apart."""
+    count, channels, height, width = pixels.shape
+    columns = max(1, min(columns, count))
+    rows = math.ceil(count / columns)
+    step_x, step_y = width * zoom + gap, height * zoom + gap
+    sheet = Image.new(image_mode(channels), (columns * step_x + gap, rows * step_y + gap), color="gray")
+    for index, each in enumerate(pixels):
+        enlarged = to_image(each).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (gap + index % columns * step_x, gap + index // columns * step_y))
+    return sheet
+
+
+def save_each(folder: Path, names: Sequence[str], pixels: Tensor) -> list[Path]:
+    """One PNG for every image, under these names; returns their paths."""
+    paths = [folder / f"{name}.png" for name in names]
+    for path, each in zip(paths, pixels, strict=True):
+        save_png(path, to_image(each))
+    return paths

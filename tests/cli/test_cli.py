@@ -1,0 +1,275 @@
+"""The command line: what it prints, what it writes, and its exit codes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kronafuse
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from kronafuse import cli, formats
+from kronafuse.cli.app import app
+from kronafuse.train.checkpoint import checkpoints
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps one precision for a process; every test starts without it."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a smoke run of the demo wrote."""
+    folder = tmp_path_factory.mktemp("demo")
+    result = CliRunner().invoke(app, ["demo", "--smoke", "--output", str(folder)])
+    assert result.exit_code == 0, result.output
+    (folder / "printed.txt").write_text(result.stdout)
+    return folder
+
+
+@pytest.fixture
+def base(demo_folder: Path) -> Path:
+    """The demo's base model."""
+    (folder,) = demo_folder.glob("base-*")
+    return folder
+
+
+@pytest.fixture
+def digits_folder(tmp_path: Path) -> Path:
+    """Four grey images of two classes that the demo's base model has names for."""
+    for label in ("8", "9"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(2):
+            Image.new("L", (8, 8), 100 * number).save(tmp_path / "images" / label / f"{number}.png")
+    return tmp_path / "images"
+
+
+def invoke(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+def test_commands_that_exist() -> None:
+    assert sorted(command.name or "" for command in app.registered_commands) == [
+        "demo",
+        "doctor",
+        "sample",
+        "train",
+    ]
+    assert invoke("--help").exit_code == 0
+    assert invoke("bench").exit_code == 2
+
+
+def test_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kronafuse", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "doctor" in done.stdout
+
+
+def test_without_typer_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "typer" else find(name))
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert "needs typer; install with: pip install kronafuse[train]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["demo"], ["train"], ["sample", "cat", "--base", "x"]], ids=lambda each: each[0]
+)
+def test_without_diffusers_names_the_extra(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else find(name))
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "kronafuse: kronafuse.train: needs diffusers; install with: pip install kronafuse[train]\n"
+    )
+
+
+def test_doctor() -> None:
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.output
+    for name in ("torch", "triton", "diffusers", "peft", "cpu", *kronafuse.available_impls()):
+        assert name in result.stdout
+    assert torch.__version__.split("+")[0] in result.stdout
+
+
+def test_demo_smoke_writes_everything(demo_folder: Path, base: Path) -> None:
+    printed = (demo_folder / "printed.txt").read_text()
+    assert "Smoke run" in printed
+    for name in ("samples.png", "loss.png"):
+        with Image.open(demo_folder / name) as image:
+            assert image.format == "PNG"
+    figures = json.loads((demo_folder / "figures.json").read_text())
+    counts = figures["trainable_parameters"]
+    assert counts["krona"] < counts["lora_rank_16"] < counts["full"]
+    file = formats.load(demo_folder / "adapter.safetensors")
+    assert counts["krona"] == sum(tensor.numel() for tensor in file.tensors.values())
+    assert f"{counts['krona']:,}" in printed
+    adapter = figures["adapter"]
+    assert adapter["layers"] == adapter["fused_layers"] == 4 * adapter["shared_reads"] > 0
+    accuracy = figures["classifier_accuracy"]
+    assert accuracy["real_held_out"] > 0.97
+    assert all(0 <= share <= 1 for share in (accuracy["new_before"], accuracy["new_after"]))
+    distance = figures["frechet_pca20_new"]
+    assert 0 < distance["real_other_half"] < distance["before"]
+    timing = figures["step_time"]
+    assert timing["missing"] is None
+    assert timing["parameters"]["PEFT LoKr"] == timing["parameters"]["kronafuse LoKr"]
+    assert timing["ratio_to_peft_lokr"]["PEFT LoKr"] == 1.0
+    assert {each.name for each in base.iterdir()} >= {"unet", "scheduler", "class_tokens.safetensors"}
+
+
+def test_demo_again_takes_the_cached_base_and_says_that_peft_is_missing(
+    demo_folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kronafuse.train.digits import timing
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        timing.importlib.util, "find_spec", lambda name: None if name == "peft" else find(name)
+    )
+    weights = next((base / "unet").glob("*.safetensors"))
+    before = weights.stat().st_mtime_ns
+    result = invoke("demo", "--smoke", "--output", demo_folder)
+    assert result.exit_code == 0, result.output
+    assert "Not timed: PEFT LoKr. PEFT is not installed: pip install kronafuse[peft]" in result.stdout
+    assert weights.stat().st_mtime_ns == before
+    assert json.loads((demo_folder / "figures.json").read_text())["base_was_cached"] is True
+
+
+def test_demo_that_misses_its_targets_fails(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kronafuse.train.digits import demo
+
+    figures = json.loads((demo_folder / "figures.json").read_text())
+    figures["gated"] = True
+    figures["classifier_accuracy"] |= {"new_before": 0.2, "new_after": 0.8}
+    monkeypatch.setattr(demo, "run_demo", lambda *_: figures)
+    result = invoke("demo", "--output", demo_folder)
+    assert result.exit_code == 1
+    assert "must be below 10%; got 20.0%" in result.stderr
+    assert "must be at least 85%; got 80.0%" in result.stderr
+    figures["classifier_accuracy"] |= {"new_before": 0.02, "new_after": 0.9}
+    assert invoke("demo", "--output", demo_folder).exit_code == 0
+
+
+def test_train_and_sample(base: Path, digits_folder: Path, tmp_path: Path) -> None:
+    """The demo's base model serves the other commands; flags count instead of the file's keys."""
+    config = tmp_path / "train.toml"
+    config.write_text(
+        f'base = "{base}"\ndata = "{digits_folder}"\nfactors = [8, 4]\nsteps = 50\nbatch_size = 2\n',
+        encoding="utf-8",
+    )
+    output = tmp_path / "out"
+    result = invoke("train", config, "--steps", 2, "--output", output, "--learning-rate", 0.01)
+    assert result.exit_code == 0, result.output
+    assert list(checkpoints(output)) == [2]
+    result = invoke(
+        "sample", "8", "9", "--base", base, "--adapter", output / "adapter.safetensors", "--steps", 2,
+        "--count", 2, "--output", tmp_path / "drawn",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert sorted(each.name for each in (tmp_path / "drawn").iterdir()) == [
+        "0-0.png",
+        "0-1.png",
+        "1-0.png",
+        "1-1.png",
+    ]
+
+
+def test_ctrl_c_exits_with_130(
+    base: Path, digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kronafuse.train import loop
+
+    loss = loop.noise_prediction_loss
+
+    def pressed(*arguments: Any) -> torch.Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return loss(*arguments)
+
+    monkeypatch.setattr(loop, "noise_prediction_loss", pressed)
+    output = tmp_path / "out"
+    result = invoke("train", "--base", base, "--data", digits_folder, "--factors", "8x4", "--output", output)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "kronafuse: stopped after step 1; go on with --resume latest"
+    assert list(checkpoints(output)) == [1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "kronafuse: missing keys base, data: each must be in the TOML file or given as a flag\n"),
+        (["train", "absent.toml"], "kronafuse: configuration file absent.toml does not exist\n"),
+        (
+            ["train", "--base", "absent", "--data", "."],
+            "kronafuse: base model absent does not exist or is not a folder\n",
+        ),
+        (
+            ["sample", "x", "--base", "absent"],
+            "kronafuse: base model absent does not exist or is not a folder\n",
+        ),
+    ],
+)
+def test_user_errors_are_one_line(arguments: list[str], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr == message
+
+
+def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KRONAFUSE_TRACEBACK", "1")
+    result = invoke("train", "absent.toml")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+
+
+def test_unknown_key_in_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "train.toml"
+    config.write_text("base = 'a'\ndata = 'b'\nbatchsize = 4\n")
+    result = invoke("train", config)
+    assert result.exit_code == 2
+    assert "unknown key batchsize (closest: batch_size); the keys that exist are: " in result.stderr
+
+
+def test_every_key_is_a_flag() -> None:
+    from kronafuse.train.config import TrainConfig
+
+    printed = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).stdout
+    for name in TrainConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in printed
+
+
+def test_adapter_of_another_model(demo_folder: Path, base: Path, tmp_path: Path) -> None:
+    file = formats.load(demo_folder / "adapter.safetensors")
+    other = formats.AdapterFile(
+        file.spec,
+        {f"other.{name}": size for name, size in file.modules.items()},
+        file.scale,
+        {f"other.{name}": tensor for name, tensor in file.tensors.items()},
+    )
+    formats.save(tmp_path / "other.safetensors", other)
+    result = invoke(
+        "sample", "8", "--base", base, "--adapter", tmp_path / "other.safetensors", "--output", tmp_path / "o"
+    )
+    assert result.exit_code == 2
+    assert "other." in result.stderr
+    assert not (tmp_path / "o").exists()

@@ -1,0 +1,136 @@
+"""Images from a base model and an adapter file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from kronafuse import KronA, attach, formats
+from kronafuse.train.base import load_base
+from kronafuse.train.draw import draw_images
+from kronafuse.train.sampling import sample
+from PIL import Image
+
+OPTIONS = {"steps": 2, "guidance": 2.0, "seed": 0}
+
+
+@pytest.fixture
+def adapter(class_base: Path, tmp_path: Path) -> Path:
+    """An adapter that changes the images."""
+    attachment = attach(load_base(class_base).unet, KronA((4, 2)))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in attachment.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    formats.save(tmp_path / "adapter.safetensors", attachment)
+    return tmp_path / "adapter.safetensors"
+
+
+def test_images_depend_on_seed_and_place_alone(class_base: Path) -> None:
+    base = load_base(class_base)
+    images = sample(base, ["cat", "dog", "cat"], **OPTIONS)
+    assert images.shape == (3, 1, 8, 8)
+    assert torch.equal(images, sample(base, ["cat", "dog", "cat"], **OPTIONS))
+    torch.testing.assert_close(sample(base, ["cat", "dog", "cat"], **OPTIONS, batch_size=2), images)
+    assert not torch.equal(images[0], images[2])
+    assert not torch.equal(sample(base, ["cat"], **{**OPTIONS, "seed": 1})[0], images[0])
+
+
+def test_guidance_of_one_is_the_conditional_model(class_base: Path) -> None:
+    base = load_base(class_base)
+    plain = sample(base, ["cat"], steps=2, guidance=1.0, seed=0)
+    torch.testing.assert_close(
+        plain, sample(base, ["cat"], steps=2, guidance=1.0 + 1e-7, seed=0), rtol=0, atol=1e-4
+    )
+    assert not torch.equal(plain, sample(base, ["cat"], steps=2, guidance=3.0, seed=0))
+
+
+def test_training_mode_comes_back(class_base: Path) -> None:
+    base = load_base(class_base)
+    base.unet.train()
+    sample(base, ["cat"], **OPTIONS)
+    assert base.unet.training
+
+
+def test_latents_become_images(text_base: Path) -> None:
+    images = sample(load_base(text_base), ["a cat"], **OPTIONS, resolution=32)
+    assert images.shape == (1, 3, 32, 32)
+
+
+def test_unconditional_of_two_encoders_is_zero(sdxl_base: Path) -> None:
+    given = load_base(sdxl_base).conditioning.encode(["a cat", ""], 16)
+    pooled = given["added_cond_kwargs"]["text_embeds"]
+    assert given["encoder_hidden_states"].shape == (2, 12, 16)
+    assert pooled.shape == (2, 8)
+    assert given["added_cond_kwargs"]["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+    for each in (given["encoder_hidden_states"], pooled):
+        assert float(each[0].abs().min()) > 0
+        assert float(each[1].abs().max()) == 0
+
+
+def test_half_precision(class_base: Path, adapter: Path, tmp_path: Path) -> None:
+    paths = draw_images(
+        class_base, adapter, ["cat"], tmp_path / "a.png", count=1, precision="bf16", **OPTIONS
+    )
+    assert paths == [tmp_path / "a.png"]
+    with pytest.raises(ValueError, match="precision must be one of fp32, fp16, bf16; got 'fp8'"):
+        draw_images(class_base, adapter, ["cat"], tmp_path / "b.png", count=1, precision="fp8", **OPTIONS)
+
+
+def test_rejects_unknown_class(class_base: Path) -> None:
+    with pytest.raises(ValueError, match="has no class 'bird'; its classes are: cat, dog"):
+        sample(load_base(class_base), ["bird"], **OPTIONS)
+
+
+def test_adapter_file_changes_the_images(class_base: Path, adapter: Path, tmp_path: Path) -> None:
+    written = {
+        name: draw_images(
+            class_base, path, ["cat", "dog"], tmp_path / f"{name}", count=2, scale=scale, **OPTIONS
+        )
+        for name, path, scale in (("base", None, None), ("adapted", adapter, None), ("scaled", adapter, 0.0))
+    }
+    assert [path.name for path in written["base"]] == ["0-0.png", "0-1.png", "1-0.png", "1-1.png"]
+    pictures = {name: [Image.open(path).tobytes() for path in paths] for name, paths in written.items()}
+    assert pictures["scaled"] == pictures["base"]
+    assert all(
+        with_it != without for with_it, without in zip(pictures["adapted"], pictures["base"], strict=True)
+    )
+
+
+def test_one_grid(class_base: Path, adapter: Path, tmp_path: Path) -> None:
+    (path,) = draw_images(class_base, adapter, ["cat", "dog"], tmp_path / "grid.png", count=3, **OPTIONS)
+    with Image.open(path) as image:
+        assert image.size == (3 * 65 + 1, 2 * 65 + 1)
+
+
+def test_rejects_adapter_of_another_model(
+    text_base: Path, adapter: Path, tmp_path: Path, class_base: Path
+) -> None:
+    attachment = attach(load_base(text_base).unet, KronA((8, 2), targets=("ff.net.2",)), allow_partial=True)
+    tensors = formats.load(adapter)
+    foreign = tmp_path / "foreign.safetensors"
+    renamed = {f"other.{name}": size for name, size in tensors.modules.items()}
+    formats.save(foreign, formats.AdapterFile(
+        tensors.spec, renamed, 1.0, {f"other.{name}": each for name, each in tensors.tensors.items()}
+    ))  # fmt: skip
+    attachment.remove()
+    with pytest.raises(ValueError, match="other"):
+        draw_images(class_base, foreign, ["cat"], tmp_path / "out", count=1, **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rejects_files_that_are_no_adapter(class_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"adapter file .*absent\.safetensors does not exist"):
+        draw_images(
+            class_base, tmp_path / "absent.safetensors", ["cat"], tmp_path / "out", count=1, **OPTIONS
+        )
+    path = tmp_path / "text.safetensors"
+    path.write_text("not safetensors")
+    with pytest.raises(ValueError, match=r"text\.safetensors is not a whole safetensors file"):
+        draw_images(class_base, path, ["cat"], tmp_path / "out", count=1, **OPTIONS)
+
+
+def test_rejects_scale_without_adapter(class_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="without an adapter file"):
+        draw_images(class_base, None, ["cat"], tmp_path / "out", count=1, scale=0.5, **OPTIONS)
