@@ -101,6 +101,9 @@ ODD_CASES = {
         Case("low_rank", 17, KronShape(2, 4, 24, 40, 5)),
         Case("low_rank_fat", 17, KronShape(3, 4, 8, 6, 5)),
         Case("low_rank_shuffled", 17, KronShape(4, 2, 24, 80, 3), shuffled=True),
+        Case("many_tokens_a_first", 257, KronShape(4, 8, 8, 4)),
+        Case("many_tokens_b_first", 257, KronShape(8, 4, 4, 8)),
+        Case("many_tokens_low_rank", 257, KronShape(4, 2, 8, 10, 2)),
         Case("lora", 17, KronShape(1, 1, 40, 64, 4), has_a=False),
         Case("lora_shuffled", 17, KronShape(1, 1, 40, 64, 4), shuffled=True, has_a=False),
     )

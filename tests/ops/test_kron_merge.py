@@ -7,6 +7,7 @@ import torch
 from kronafuse import kron_merge
 from kronafuse.ops.kron_linear.ref import delta_weight
 from kronafuse.ops.kron_merge import op
+from kronafuse.ops.outputs import poisoned
 from kronafuse.testing.cases import CASES, ODD_CASES
 from kronafuse.testing.inputs import case_inputs
 
@@ -20,9 +21,10 @@ def test_forward(case, dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     _, layer = case_inputs(case, dtype, tokens=1, factor_dtype=wide)
     (term,) = layer.terms
-    merged = kron_merge(
-        layer.weight, term.a, term.b, b_down=term.b_down, scale=term.scale, shuffled=case.shuffled
-    )
+    with poisoned():
+        merged = kron_merge(
+            layer.weight, term.a, term.b, b_down=term.b_down, scale=term.scale, shuffled=case.shuffled
+        )
     delta = delta_weight(term._replace(row_scale=None), torch.float64)
     error = (merged.double() - (layer.weight.double() + delta)).abs()
     assert merged.dtype == dtype

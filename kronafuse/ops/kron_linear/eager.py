@@ -9,6 +9,11 @@ from torch import Tensor
 
 from .maps import KronMap
 
+DENSE_ELEMENTS = 4096
+"""Up to this many elements A ⊗ I is built and one GEMM replaces a batch of tiny ones; measured on CPUs in fp32."""
+DENSE_TOKENS = 256
+"""Fewer tokens are a short batch, and A ⊗ I costs more than it saves."""
+
 
 def shrink(x: Tensor, maps: Sequence[KronMap]) -> list[Tensor]:
     """The first product of each map of x (M, in), scaled; low rank with a left factor: P, unscaled."""
@@ -39,9 +44,24 @@ def _block(view: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
 def mix(p: Tensor, a: Tensor, scale: float | Tensor) -> Tensor:
     """scale · A p[m]: (M, I1, R), (O1, I1) -> (M, O1, R)."""
     alpha, rest = _alpha(scale, p.device)
+    if _is_small(a, p.shape[2], p.shape[0]) and p.stride(1) == p.shape[2] * p.stride(2):
+        dense = _beside_identity(a, p.shape[2])
+        out = torch.addmm(p.new_empty(()), p.flatten(1), dense.t(), beta=0, alpha=alpha)
+        return _times(out, rest).unflatten(1, (a.shape[0], p.shape[2]))
     if alpha == 1:
         return _times(torch.matmul(a, p), rest)
     return torch.baddbmm(p.new_empty(()), a.expand(p.shape[0], -1, -1), p, beta=0, alpha=alpha)
+
+
+def _is_small(a: Tensor, size: int, tokens: int) -> bool:
+    """Whether A ⊗ I of the identity of this size is worth building."""
+    return tokens >= DENSE_TOKENS and a.numel() * size * size <= DENSE_ELEMENTS
+
+
+def _beside_identity(a: Tensor, size: int) -> Tensor:
+    """A ⊗ I, (O1·size, I1·size)."""
+    identity = torch.eye(size, dtype=a.dtype, device=a.device)
+    return (a[:, None, :, None] * identity[:, None, :]).flatten(2).flatten(0, 1)
 
 
 def linear(
@@ -75,7 +95,9 @@ def _expand_into(y: Tensor, kron: KronMap, inner: Tensor) -> None:
     in_place = kron.out_scale is None and not kron.out_shuffled
     if kron.order == "b_first":
         assert kron.a is not None
-        if in_place:
+        if in_place and _is_small(kron.a, inner.shape[2], y.shape[0]):
+            y.addmm_(inner.flatten(1), _beside_identity(kron.a, inner.shape[2]).t())
+        elif in_place:
             view.baddbmm_(kron.a.expand(y.shape[0], -1, -1), inner)
         else:
             _add(view, torch.matmul(kron.a, inner), kron)
@@ -97,12 +119,18 @@ def reduce(
     """scale · Σ_{m,g} (p_scale[g] ⊙ p[m,g])ᵀ q[m,g]: (M, G, P), (M, G, Q) -> (P, Q) in `dtype`."""
     if p_scale is not None:
         p = p * p_scale.to(p.dtype)
-    outer, group = p.shape[2] * q.shape[2], p.shape[1] * (p.shape[2] + q.shape[2])
-    per_token_fits = outer <= group and p.dtype in (torch.float32, torch.float64)
-    if per_token_fits and not (_rows_merge(p) and _rows_merge(q)):
+    (tokens, group, height), width = p.shape, q.shape[2]
+    rows_merge = _rows_merge(p) and _rows_merge(q)
+    # Sums of partial sums are as wide as these here, but would be rounded once more in 16 bits.
+    if rows_merge or p.dtype in (torch.float16, torch.bfloat16):
+        out = p.reshape(-1, height).t() @ q.reshape(-1, width)
+    elif tokens >= DENSE_TOKENS and height * width * group * group <= DENSE_ELEMENTS:
+        whole = p.mT.flatten(1).t() @ q.mT.flatten(1)
+        out = whole.view(height, group, width, group).diagonal(dim1=1, dim2=3).sum(-1)
+    elif height * width <= group * (height + width):
         out = torch.bmm(p.mT, q).sum(0)
     else:
-        out = p.reshape(-1, p.shape[2]).t() @ q.reshape(-1, q.shape[2])
+        out = p.reshape(-1, height).t() @ q.reshape(-1, width)
     return (out.to(dtype) * scale) if isinstance(scale, Tensor) or scale != 1 else out.to(dtype)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import checks
 from ..kron_linear.maps import kron_view
+from ..outputs import new_output
 
 CHUNK_ELEMENTS = 1 << 20
 """Elements of the delta that exist at a time, in the wide dtype."""
@@ -53,7 +54,7 @@ class _KronMerge(torch.autograd.Function):
         wide = _wide(weight)
         left, right = _dense_factors(a, b, b_down, wide)
         (n1, k1), (n2, k2) = left.shape, right.shape
-        merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        merged = new_output(weight, weight.shape)
         source, target = _blocks(weight, left, right, shuffled), _blocks(merged, left, right, shuffled)
         step = max(1, CHUNK_ELEMENTS // (n1 * k1 * k2))
         for first in range(0, n2, step):

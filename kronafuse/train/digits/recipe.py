@@ -29,7 +29,7 @@ SCHEDULER: dict[str, Any] = {
 }  # fmt: skip
 """Guided images leave [-1, 1] on the way; clipped at every step, 80 % of the base's digits are right, not all."""
 
-FACTORS = (8, 4)
+FACTORS = (4, 8)
 LORA_RANK = 16
 LOKR_FACTOR = 8
 
