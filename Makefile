@@ -2,10 +2,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TRITON_LOWEST := .cache/triton-3.6.0
+AOT_TRITONS := $(if $(filter Linux,$(shell uname -s)),$(TRITON_LOWEST)/.installed)
 # The build runs in the environment itself, so that the pinned versions are the ones it sees.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-full test-gpu check fix wheel clean
+.PHONY: demo test test-full test-gpu aot check fix wheel clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: constraints.txt pyproject.toml setup.py
@@ -20,11 +21,15 @@ demo: $(VENV)/.installed
 	$(BIN)/kronafuse demo
 
 # What CI runs.
-test: $(VENV)/.installed $(TRITON_LOWEST)
+test: $(VENV)/.installed $(AOT_TRITONS)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-full: $(VENV)/.installed $(TRITON_LOWEST)
+test-full: $(VENV)/.installed $(AOT_TRITONS)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Every shipped kernel configuration, compiled for every architecture with both Tritons.
+aot: $(VENV)/.installed $(AOT_TRITONS)
+	$(BIN)/python -m pytest tests/ops/test_aot.py
 
 # On a machine with a GPU: the tests that need one, then the operators again under compute-sanitizer.
 test-gpu: $(VENV)/.installed
@@ -45,9 +50,11 @@ fix: $(VENV)/.installed
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
-# The oldest Triton that the kernels must compile with, beside the one in the environment.
-$(TRITON_LOWEST): | $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+# The oldest Triton that the kernels must compile with, beside the one in the environment. It exists for Linux.
+$(TRITON_LOWEST)/.installed: | $(VENV)/.installed
+	rm -rf $(TRITON_LOWEST)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON_LOWEST) triton==3.6.0
+	touch $@
 
 clean:
 	rm -rf build dist runs .cache *.egg-info

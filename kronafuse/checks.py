@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,19 @@ if TYPE_CHECKING:
     from .ops.kron_linear.terms import FrozenLinear, KronTerm
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_tensor(op: str, name: str, value: object, *, optional: bool = False) -> None:
+    """Raises TypeError unless the value is a tensor, or None where it is optional."""
+    if not (isinstance(value, Tensor) or (optional and value is None)):
+        or_none = " or None" if optional else ""
+        raise TypeError(f"{op}: {name} must be a tensor{or_none}; got {type(value).__name__}")
+
+
+def check_shuffled(op: str, shuffled: object) -> None:
+    """Raises TypeError unless the flag is a bool."""
+    if not isinstance(shuffled, bool):
+        raise TypeError(f"{op}: shuffled must be True or False; got {shuffled!r}")
 
 
 def check_dtype(op: str, name: str, tensor: Tensor) -> None:
@@ -130,12 +144,16 @@ def check_scale(op: str, scale: object, x: Tensor) -> None:
         check_same_device(op, "scale", scale, x)
         if scale.dim() != 0:
             raise ValueError(f"{op}: scale must be a float or a 0-d tensor; got {shape_text(scale)}")
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    elif isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"{op}: scale must be a float or a 0-d tensor; got {type(scale).__name__}")
 
 
 def check_merge(op: str, weight: Tensor, a: Tensor | None, b: Tensor, b_down: Tensor | None) -> None:
     """Raises unless the factors make a delta of the weight's shape."""
+    check_tensor(op, "weight", weight)
+    check_tensor(op, "a", a, optional=True)
+    check_tensor(op, "b", b)
+    check_tensor(op, "b_down", b_down, optional=True)
     check_dtype(op, "weight", weight)
     check_factors(op, a, b, b_down)
     shape = KronShape.of(a, b, b_down)

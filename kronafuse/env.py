@@ -28,8 +28,9 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
 def triton_interprets() -> bool:
-    """Whether kernels run in Triton's interpreter. Triton reads the variable when a kernel is defined."""
+    """Whether kernels run in Triton's interpreter: read once, as Triton does when a kernel is defined."""
     return os.environ.get(TRITON_INTERPRET, "0") == "1"
 
 

@@ -118,11 +118,13 @@ def plan(
     dtype:  of x, W and y
     device: a device whose name (or "H200") has a measured ceiling gives `floor_us`; None gives none
 
-    Raises ValueError for sizes below 1 (M may be 0).
+    Raises ValueError for sizes below 1 (M may be 0), TypeError for sizes that are no integers.
     """
     sizes = {"n1": n1, "k1": k1, "n2": n2, "k2": k2} | ({} if rank is None else {"rank": rank})
-    bad = {name: size for name, size in sizes.items() if size < 1}
-    if bad or M < 0:
+    for name, size in {"M": M, **sizes}.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"plan: {name} must be an integer; got {size!r}")
+    if M < 0 or any(size < 1 for size in sizes.values()):
         raise ValueError(f"plan: sizes must be at least 1 and M at least 0; got M={M}, {sizes}")
     shape = KronShape(n1, k1, n2, k2, rank)
     choice = choose(shape)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import Tensor
 
@@ -29,12 +28,12 @@ class KronShape:
             return cls(n1, k1, int(b.shape[0]), int(b.shape[1]))
         return cls(n1, k1, int(b.shape[0]), int(b_down.shape[1]), int(b_down.shape[0]))
 
-    @cached_property
+    @property
     def n(self) -> int:
         """N = N1·N2, the layer's out_features."""
         return self.n1 * self.n2
 
-    @cached_property
+    @property
     def k(self) -> int:
         """K = K1·K2, the layer's in_features."""
         return self.k1 * self.k2

@@ -188,6 +188,90 @@ def test_autocast_takes_its_dtype_and_backward_stays_in_it(dtype):
     torch.testing.assert_close(grads, expected)
 
 
+def test_autocast_casts_the_weight_of_a_layer_whose_input_is_low_already():
+    """In an autocast region the second layer's x is 16 bits wide and its weight is not."""
+    weight, a, b = compiled_layers()
+    low, base = torch.randn(5, 48).to(torch.bfloat16), torch.randn(5, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = kron_linear(low, weight, a, b, impl="eager")
+        assert kron_delta(low, a, b, base=base, impl="eager").dtype == torch.bfloat16
+    assert torch.equal(y, kron_linear(low, weight.to(torch.bfloat16), a, b, impl="eager"))
+
+
+def test_autocast_does_not_touch_a_merge():
+    weight, b, b_down = torch.randn(64, 64), torch.randn(64, 8), torch.randn(8, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        merged = kron_merge(weight, None, b, b_down=b_down)
+    assert torch.equal(merged, kron_merge(weight, None, b, b_down=b_down))
+
+
+def test_meta_tensors():
+    weight, a, b = (each.detach().to("meta") for each in compiled_layers())
+    y = kron_linear(torch.empty(2, 5, 48, device="meta"), weight, a, b)
+    assert y.shape == (2, 5, 64)
+    assert kron_merge(weight, a, b).shape == (64, 48)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_compile_fullgraph_where_nothing_requires_grad(grad):
+    """Inference with frozen adapters, with and without no_grad around it."""
+    torch._dynamo.reset()
+    weight, a, b = (each.detach() for each in compiled_layers())
+    compiled = torch.compile(
+        lambda x: kron_linear(x, weight, a, b, scale=0.5), fullgraph=True, backend="aot_eager"
+    )
+    x = torch.randn(5, 48)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(compiled(x), kron_linear(x, weight, a, b, scale=0.5))
+
+
+def test_compile_fullgraph_merge():
+    torch._dynamo.reset()
+    weight, a, b = compiled_layers()
+    compiled = torch.compile(lambda w: kron_merge(w, a, b, scale=0.5), fullgraph=True, backend="aot_eager")
+    ours, expected = compiled(weight), kron_merge(weight, a, b, scale=0.5)
+    assert torch.equal(ours, expected)
+    dy = torch.randn_like(ours)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, (a, b), dy), torch.autograd.grad(expected, (a, b), dy)
+    )
+
+
+@pytest.mark.parametrize("case", ["primes", "low_rank_shuffled", "lora"])
+def test_opcheck_merge(case):
+    _, layer = case_inputs(ODD_CASES[case], torch.float32, tokens=1)
+    (term,) = layer.terms
+    scale = torch.tensor(0.5)
+    arguments = (layer.weight, term.a, term.b, term.b_down, scale, term.shuffled)
+    torch.library.opcheck(torch.ops.kronafuse.kron_merge.default, arguments)
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager", "triton"])
+@pytest.mark.parametrize("case", ["thin_a_first", "thin_b_first", "fat_b_first_shuffled", "low_rank"])
+def test_outputs_are_contiguous_whatever_the_inputs(case, impl):
+    """A transposed x, base and weight: strides as the fake says, so that compiled programs may rely on them."""
+    x, layer = case_inputs(ODD_CASES[case], torch.float32, weight=False, base=True)
+    x, base = x.t().contiguous().t().requires_grad_(), layer.base.t().contiguous().t()
+    (y,) = kron_linear_group(x, [layer._replace(base=base)], impl=impl)
+    (expected,) = kron_linear_group(x.contiguous(), [layer], impl="reference")
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, expected)
+    (dx,) = torch.autograd.grad(y, x, torch.randn_like(y), create_graph=False)
+    assert dx.shape == x.shape
+
+
+def test_x_is_not_kept_where_only_dx_is_wanted():
+    weight, a, b = (each.detach() for each in compiled_layers())
+    x = torch.randn(5, 48, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = kron_linear(x, weight, a, b, impl="eager")
+    assert not any(t.data_ptr() == x.data_ptr() for t in kept)
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(kron_linear(x, weight, a, b, impl="reference"), x, dy)
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy), expected)
+
+
 def test_autocast_leaves_float64_alone():
     x, a, b = torch.randn(3, 8, dtype=torch.float64), torch.randn(2, 2), torch.randn(3, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):

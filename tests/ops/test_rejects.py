@@ -123,20 +123,25 @@ def test_rejects_plans():
         plan(4, 0, 4, 5, 6)
 
 
-def test_backend_choice():
+def test_backend_choice(monkeypatch):
     """`auto` on a CPU is eager; a named implementation that cannot serve raises with its reasons."""
     from kronafuse import backends
-    from kronafuse.ops.kron_linear.op import IMPLEMENTATIONS
+    from kronafuse.ops.kron_linear.raw import IMPLEMENTATIONS
 
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     assert backends.choose("kron_delta", IMPLEMENTATIONS, "auto", cpu, torch.float32).name == "eager"
+    from kronafuse.ops.kron_linear import triton_reasons
+
+    monkeypatch.setattr(triton_reasons.env, "triton_interprets", lambda: False)
+    with raises(NotImplementedError, "no CUDA device: tensors are on cpu"):
+        backends.choose("kron_delta", IMPLEMENTATIONS, "triton", cpu, torch.float32)
     no = backends.Implementation("triton", lambda *_: ["no compiler"], lambda: None)
     backends._warn_eager.cache_clear()
     with pytest.warns(RuntimeWarning, match="kron_delta: running on torch's own GEMMs.*no compiler"):
-        chosen = backends.choose("kron_delta", (no, IMPLEMENTATIONS[0]), "auto", cuda, torch.float32)
+        chosen = backends.choose("kron_delta", (no, IMPLEMENTATIONS[1]), "auto", cuda, torch.float32)
     assert chosen.name == "eager"
     with raises(NotImplementedError, "no implementation serves cuda:0"):
-        backends.choose("kron_delta", (no, IMPLEMENTATIONS[1]), "auto", cuda, torch.float32)
+        backends.choose("kron_delta", (no, IMPLEMENTATIONS[2]), "auto", cuda, torch.float32)
 
 
 def test_available_impls_gives_reasons():
@@ -145,3 +150,39 @@ def test_available_impls_gives_reasons():
     assert impls["eager"] == []
     assert impls["reference"] == []
     assert impls["cuda"] == ["not built yet"]
+
+
+def test_rejects_arguments_that_are_no_tensors():
+    x, a, b = rand(2, 8), rand(2, 2), rand(3, 4)
+    with raises(TypeError, "kron_delta: b must be a tensor; got NoneType"):
+        kron_delta(x, a, None)
+    with raises(TypeError, "kron_delta: x must be a tensor; got list"):
+        kron_delta([1.0], a, b)
+    with raises(TypeError, "kron_linear: weight must be a tensor; got NoneType"):
+        kron_linear(x, None, a, b)
+    with raises(TypeError, "kron_delta: shuffled must be True or False; got 'no'"):
+        kron_delta(x, a, b, shuffled="no")
+    with raises(TypeError, "kron_delta: impl must be a string; got NoneType"):
+        kron_delta(x, a, b, impl=None)
+    with raises(TypeError, "kron_linear_group: layers must be a list of FrozenLinears; got FrozenLinear"):
+        kron_linear_group(x, FrozenLinear(rand(4, 8)))
+    with raises(TypeError, "kron_linear_group: terms must be a tuple of KronTerms; got KronTerm"):
+        kron_linear_group(x, [FrozenLinear(None, KronTerm(a, b))])
+    with raises(TypeError, "kron_linear_group: terms must be KronTerms; got Tensor"):
+        kron_linear_group(x, [FrozenLinear(None, (a, b))])
+    with raises(TypeError, "kron_merge: weight must be a tensor; got NoneType"):
+        kron_merge(None, a, b)
+    with raises(TypeError, "plan: M must be an integer; got 4.5"):
+        plan(4.5, 2, 2, 3, 4)
+
+
+def test_takes_scales_of_numpy():
+    import numpy as np
+
+    x, a, b = rand(2, 8), rand(2, 2), rand(3, 4)
+    assert torch.equal(kron_delta(x, a, b, scale=np.float32(0.5)), kron_delta(x, a, b, scale=0.5))
+
+
+def test_rejects_integers_under_autocast_too():
+    with torch.autocast("cpu", torch.bfloat16), raises(TypeError, "kron_linear: weight must be float32"):
+        kron_linear(rand(2, 8), torch.ones(6, 8, dtype=torch.int64), rand(2, 2), rand(3, 4))

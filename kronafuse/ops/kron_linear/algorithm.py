@@ -129,8 +129,6 @@ def backward(
                 term_grads += [empty] * TERM_GRADIENTS
         layer_grads.append(dy.t() @ x if need_weight else empty)
         layer_grads.append(dy.sum(0) if need_bias else empty)
-    if need_x and dx is None:
-        dx = torch.zeros_like(x)
     return [dx if dx is not None else empty, *layer_grads, *term_grads]
 
 

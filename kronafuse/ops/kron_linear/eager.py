@@ -78,7 +78,9 @@ def linear(
         if base is not None:
             y += base
     elif base is not None:
-        y = base + bias if bias is not None else base.clone(memory_format=torch.contiguous_format)
+        y = base.clone(memory_format=torch.contiguous_format)
+        if bias is not None:
+            y += bias
     else:
         features = maps[0].left[0] * maps[0].right[0]
         y = x.new_zeros((x.shape[0], features))

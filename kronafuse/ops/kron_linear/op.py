@@ -1,99 +1,16 @@
-"""`kron_linear`, `kron_delta` and `kron_linear_group`: the public functions and their autograd.Function."""
+"""`kron_linear`, `kron_delta` and `kron_linear_group`: the public functions."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import checks
-from . import algorithm
-from .raw import LAYER_TENSORS, TERM_TENSORS, Layout, kron_backward, kron_forward
-from .terms import FrozenLinear, KronTerm
-
-
-class _KronGroup(torch.autograd.Function):
-    """The group's y of each layer, then what each term saves for backward."""
-
-    @staticmethod
-    def forward(layout: Layout, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        split = LAYER_TENSORS * len(layout.terms_per_layer)
-        return tuple(kron_forward(x, tensors[:split], tensors[split:], *layout))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        layout, x, *tensors = inputs
-        saved = output[len(layout.terms_per_layer) :]
-        ctx.mark_non_differentiable(*saved)
-        ctx.set_materialize_grads(False)
-        ctx.layout = layout
-        ctx.shapes = [y.shape for y in output[: len(layout.terms_per_layer)]]
-        needed = _needs_factors(ctx.needs_input_grad, layout)
-        split = LAYER_TENSORS * len(layout.terms_per_layer)
-        kept = [
-            None if index < split and index % LAYER_TENSORS == 2 else each
-            for index, each in enumerate(tensors)
-        ]
-        ctx.save_for_backward(x, *kept, *(part if needed else part.new_empty(0) for part in saved))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        layout: Layout = ctx.layout
-        layers = len(layout.terms_per_layer)
-        split, terms = LAYER_TENSORS * layers, sum(layout.terms_per_layer)
-        x, *rest = ctx.saved_tensors
-        tensors, saved = rest[: split + TERM_TENSORS * terms], rest[split + TERM_TENSORS * terms :]
-        dys = [x.new_zeros(shape) if dy is None else dy for dy, shape in zip(grads, ctx.shapes, strict=False)]
-        _, need_x, *need = ctx.needs_input_grad
-        needs = [need_x]
-        for index in range(layers):
-            needs += need[index * LAYER_TENSORS : index * LAYER_TENSORS + algorithm.LAYER_GRADIENTS]
-        needs += need[split:]
-        flat: list[Tensor | None] = [None] * len(needs)
-        if any(needs):
-            # Under create_graph the products are recorded, to raise where they are differentiated again.
-            products = _KronGroupGradient.apply if torch.is_grad_enabled() else _KronGroupGradient.forward
-            results = products(layout, needs, layers, *dys, x, *tensors, *saved)
-            flat = [result if wanted else None for result, wanted in zip(results, needs, strict=True)]
-        dx, layer_grads, term_grads = flat[0], flat[1 : 1 + 2 * layers], flat[1 + 2 * layers :]
-        by_layer: list[Tensor | None] = []
-        for index in range(layers):
-            dbase = dys[index] if need[index * LAYER_TENSORS + 2] else None
-            by_layer += [*layer_grads[2 * index : 2 * index + 2], dbase]
-        return None, dx, *by_layer, *term_grads
-
-
-class _KronGroupGradient(torch.autograd.Function):
-    """The gradients of a group, themselves not differentiable."""
-
-    @staticmethod
-    def forward(
-        layout: Layout, needs: list[bool], layers: int, *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        dys, x, rest = tensors[:layers], tensors[layers], tensors[layers + 1 :]
-        split = LAYER_TENSORS * layers
-        end = split + TERM_TENSORS * sum(layout.terms_per_layer)
-        return tuple(kron_backward(dys, x, rest[:split], rest[split:end], *layout, rest[end:], needs))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.op = inputs[0].op
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(f"{ctx.op}: second derivatives are not implemented")
-
-
-# torch binds the arguments of every apply to forward's signature; read once, it is not read at every call.
-_KronGroup.forward.__signature__ = inspect.signature(_KronGroup.forward)  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def _needs_factors(needs_input_grad: Sequence[bool], layout: Layout) -> bool:
-    """Whether any gradient that T serves is asked for."""
-    return any(needs_input_grad[2 + LAYER_TENSORS * len(layout.terms_per_layer) :])
+from .autograd import KronGroup
+from .raw import Layout, kron_forward
+from .terms import FrozenLinear, KronTerm, check_records
 
 
 def kron_linear_group(x: Tensor, layers: Sequence[FrozenLinear], *, impl: str = "auto") -> list[Tensor]:
@@ -138,6 +55,7 @@ def kron_linear(
 
     Returns (..., N); dtypes, errors and sources as `kron_linear_group`.
     """
+    checks.check_tensor("kron_linear", "weight", weight)
     layer = FrozenLinear(weight, (KronTerm(a, b, b_down, scale, shuffled),), bias)
     return _apply("kron_linear", x, (layer,), impl)[0]
 
@@ -172,10 +90,11 @@ def kron_delta(
 
 def _apply(op: str, x: Tensor, layers: Sequence[FrozenLinear], impl: str) -> list[Tensor]:
     """Fixes the compute dtype, flattens the group and calls the Function."""
-    dtype = compute_dtype(x)
-    if dtype != x.dtype:
+    check_records(op, x, layers, impl)
+    if autocasts(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
-        layers = [_cast_whole(layer, dtype) for layer in layers]
+        layers = [_cast_whole(op, layer, dtype) for layer in layers]
     compiling = torch.compiler.is_compiling()
     layer_tensors: list[Tensor | None] = []
     term_tensors: list[Tensor | None] = []
@@ -191,14 +110,20 @@ def _apply(op: str, x: Tensor, layers: Sequence[FrozenLinear], impl: str) -> lis
                 checks.check_scale(op, scale, x)
             term_tensors += (a, b, b_down, tensor_scale, row_scale)
             scales.append(1.0 if tensor_scale is not None else float(scale))
-            shuffled.append(bool(is_shuffled))
+            shuffled.append(is_shuffled)
+    layout = Layout(op, impl, tuple(counts), tuple(scales), tuple(shuffled))
+    if not torch.is_grad_enabled() or (compiling and not _any_requires_grad(x, layer_tensors, term_tensors)):
+        # Where nothing has a gradient Dynamo hands ctx to a Function's forward, although it has a setup_context.
+        return kron_forward(x, layer_tensors, term_tensors, *layout)[: len(counts)]
     if compiling:
         layer_tensors, term_tensors = _distinct(x, layer_tensors, term_tensors)
-    layout = Layout(op, impl, tuple(counts), tuple(scales), tuple(shuffled))
-    if not torch.is_grad_enabled():
-        # Without gradients Dynamo hands ctx to a Function's forward, although it has a setup_context.
-        return kron_forward(x, layer_tensors, term_tensors, *layout)[: len(counts)]
-    return list(_KronGroup.apply(layout, x, *layer_tensors, *term_tensors)[: len(counts)])
+    return list(KronGroup.apply(layout, x, *layer_tensors, *term_tensors)[: len(counts)])
+
+
+def _any_requires_grad(x: Tensor, *groups: list[Tensor | None]) -> bool:
+    return x.requires_grad or any(
+        each is not None and each.requires_grad for group in groups for each in group
+    )
 
 
 def _distinct(x: Tensor, *groups: list[Tensor | None]) -> list[list[Tensor | None]]:
@@ -217,18 +142,25 @@ def _distinct(x: Tensor, *groups: list[Tensor | None]) -> list[list[Tensor | Non
     return distinct
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device and casts x's dtype."""
+    kind = x.device.type
+    eligible = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return eligible and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on and x is of a dtype that autocast casts, else x's own."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    """The dtype in which a linear layer runs on x here: autocast's, or x's own."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
-def _cast_whole(layer: FrozenLinear, dtype: torch.dtype) -> FrozenLinear:
-    weight, bias, base = (
-        None if each is None else each.to(dtype) for each in (layer.weight, layer.bias, layer.base)
-    )
-    return FrozenLinear(weight, layer.terms, bias, base)
+def _cast_whole(op: str, layer: FrozenLinear, dtype: torch.dtype) -> FrozenLinear:
+    whole = {"weight": layer.weight, "bias": layer.bias, "base": layer.base}
+    for name, tensor in whole.items():
+        if tensor is not None:
+            checks.check_dtype(op, name, tensor)
+    cast = {name: None if tensor is None else tensor.to(dtype) for name, tensor in whole.items()}
+    return FrozenLinear(cast["weight"], layer.terms, cast["bias"], cast["base"])
 
 
 def _scale_dtype(x: Tensor) -> torch.dtype:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,20 @@ class _Planned(NamedTuple):
         return algorithm.backward(dys, x, layers, saved, needs, self.primitives)
 
 
+def _load_triton() -> _Planned:
+    from . import kernels
+
+    return _Planned(kernels)
+
+
+def _triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    from . import triton_reasons
+
+    return triton_reasons.reasons(device, dtype)
+
+
 IMPLEMENTATIONS = (
+    backends.Implementation("triton", _triton_reasons, _load_triton),
     backends.Implementation("eager", backends.never, lambda: _Planned(eager)),
     backends.Implementation("reference", backends.never, lambda: reference),
 )
@@ -128,9 +142,8 @@ def _backward(
     flat_dys = [_flat_tokens(dy) for dy in dys]
     with _without_autocast(x.device.type):
         grads = chosen.load().backward(flat_dys, _flat_tokens(x), layers, saved, needs)
-    shapes = [grad.shape for grad in _gradients_fake(x, layers, needs)]
     wanted = [grad if need else x.new_empty(0) for grad, need in zip(grads, needs, strict=True)]
-    return [grad.view(shape) for grad, shape in zip(wanted, shapes, strict=True)]
+    return [wanted[0].view(x.shape), *wanted[1:]] if needs[0] else wanted
 
 
 def _backward_fake(
@@ -162,18 +175,20 @@ def _gradients_fake(x: Tensor, layers: Sequence[FrozenLinear], needs: Sequence[b
     ]
 
 
-class _without_autocast(torch.autocast):
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast off inside a kernel: the public function has fixed the compute dtype."""
-
-    def __init__(self, device_type: str) -> None:
-        super().__init__(device_type, enabled=False)
+    return (
+        torch.autocast(device_type, enabled=False)
+        if torch.is_autocast_enabled(device_type)
+        else nullcontext()
+    )
 
 
 for _name, _kernel, _fake in (
     ("kron_forward", _forward, _forward_fake),
     ("kron_backward", _backward, _backward_fake),
 ):
-    torch.library.impl(f"kronafuse::{_name}", ("cpu", "cuda"), _kernel)
+    torch.library.impl(f"kronafuse::{_name}", "default", _kernel)
     torch.library.register_fake(f"kronafuse::{_name}", _fake)
 
 kron_forward = torch.ops.kronafuse.kron_forward.default

@@ -25,7 +25,7 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients of `algorithm.backward`, in its order; those not needed are computed all the same."""
-    dx = torch.zeros_like(x)
+    dx = x.new_zeros(x.shape)
     layer_grads: list[Tensor] = []
     term_grads: list[Tensor] = []
     for dy, layer in zip(dys, layers, strict=True):

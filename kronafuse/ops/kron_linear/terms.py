@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ... import checks
+
 
 class KronTerm(NamedTuple):
     """One adapter: scale · row_scale ⊙ (A ⊗ B), to be added to a frozen weight.
@@ -39,3 +41,27 @@ class FrozenLinear(NamedTuple):
     terms: tuple[KronTerm, ...] = ()
     bias: Tensor | None = None
     base: Tensor | None = None
+
+
+def check_records(op: str, x: object, layers: object, impl: object) -> None:
+    """Raises TypeError unless x is a tensor, layers a sequence of FrozenLinears of tensors, and impl a string."""
+    checks.check_tensor(op, "x", x)
+    if not isinstance(impl, str):
+        raise TypeError(f"{op}: impl must be a string; got {type(impl).__name__}")
+    if not isinstance(layers, (list, tuple)) or isinstance(layers, FrozenLinear):
+        raise TypeError(f"{op}: layers must be a list of FrozenLinears; got {type(layers).__name__}")
+    for layer in layers:
+        if not isinstance(layer, FrozenLinear):
+            raise TypeError(f"{op}: layers must be FrozenLinears; got {type(layer).__name__}")
+        for name, value in (("weight", layer.weight), ("bias", layer.bias), ("base", layer.base)):
+            checks.check_tensor(op, name, value, optional=True)
+        if not isinstance(layer.terms, (list, tuple)) or isinstance(layer.terms, KronTerm):
+            raise TypeError(f"{op}: terms must be a tuple of KronTerms; got {type(layer.terms).__name__}")
+        for term in layer.terms:
+            if not isinstance(term, KronTerm):
+                raise TypeError(f"{op}: terms must be KronTerms; got {type(term).__name__}")
+            checks.check_tensor(op, "a", term.a, optional=True)
+            checks.check_tensor(op, "b", term.b)
+            checks.check_tensor(op, "b_down", term.b_down, optional=True)
+            checks.check_tensor(op, "row_scale", term.row_scale, optional=True)
+            checks.check_shuffled(op, term.shuffled)

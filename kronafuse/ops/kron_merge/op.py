@@ -14,6 +14,41 @@ from ..outputs import new_output
 CHUNK_ELEMENTS = 1 << 20
 """Elements of the delta that exist at a time, in the wide dtype."""
 
+torch.library.define(
+    "kronafuse::kron_merge",
+    "(Tensor weight, Tensor? a, Tensor b, Tensor? b_down, Tensor scale, bool shuffled) -> Tensor",
+)
+
+
+def _merge(
+    weight: Tensor, a: Tensor | None, b: Tensor, b_down: Tensor | None, scale: Tensor, shuffled: bool
+) -> Tensor:
+    checks.check_merge("kron_merge", weight, a, b, b_down)
+    wide = _wide(weight)
+    with torch.autocast(weight.device.type, enabled=False):
+        left, right = _dense_factors(a, b, b_down, wide)
+    (n1, k1), (n2, k2) = left.shape, right.shape
+    merged = new_output(weight, weight.shape)
+    source, target = _blocks(weight, left, right, shuffled), _blocks(merged, left, right, shuffled)
+    step = max(1, CHUNK_ELEMENTS // (n1 * k1 * k2))
+    for first in range(0, n2, step):
+        rows = slice(first, first + step)
+        delta = left[:, None, :, None] * right[None, rows, None, :]
+        target[:, rows] = delta.mul_(scale.to(wide)).add_(source[:, rows]).to(weight.dtype)
+    return merged
+
+
+def _merge_fake(
+    weight: Tensor, a: Tensor | None, b: Tensor, b_down: Tensor | None, scale: Tensor, shuffled: bool
+) -> Tensor:
+    checks.check_merge("kron_merge", weight, a, b, b_down)
+    return weight.new_empty(weight.shape)
+
+
+torch.library.impl("kronafuse::kron_merge", "default", _merge)
+torch.library.register_fake("kronafuse::kron_merge", _merge_fake)
+_kron_merge = torch.ops.kronafuse.kron_merge.default
+
 
 def kron_merge(
     weight: Tensor,
@@ -33,13 +68,18 @@ def kron_merge(
     scale:    float or 0-d tensor
     shuffled: row n2·N1 + n1 of W takes what row n1·N2 + n2 of A ⊗ B holds
 
-    Returns (N, K), contiguous, in the weight's dtype; differentiable in all tensors.
+    Returns (N, K), contiguous, in the weight's dtype; differentiable in all tensors. Autocast changes nothing.
     Raises ValueError (shapes), TypeError (dtypes).
     """
     checks.check_merge("kron_merge", weight, a, b, b_down)
     checks.check_scale("kron_merge", scale, weight)
-    tensor_scale = scale if isinstance(scale, Tensor) else weight.new_tensor(scale, dtype=_wide(weight))
-    return _KronMerge.apply(shuffled, weight, a, b, b_down, tensor_scale)
+    checks.check_shuffled("kron_merge", shuffled)
+    if not isinstance(scale, Tensor):
+        scale = weight.new_ones((), dtype=_wide(weight)) * scale
+    tensors = (weight, a, b, b_down, scale)
+    if not (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)):
+        return _kron_merge(*tensors, shuffled)
+    return _KronMerge.apply(*tensors, shuffled)
 
 
 def _wide(weight: Tensor) -> torch.dtype:
@@ -49,42 +89,37 @@ def _wide(weight: Tensor) -> torch.dtype:
 class _KronMerge(torch.autograd.Function):
     @staticmethod
     def forward(
-        shuffled: bool, weight: Tensor, a: Tensor | None, b: Tensor, b_down: Tensor | None, scale: Tensor
+        weight: Tensor, a: Tensor | None, b: Tensor, b_down: Tensor | None, scale: Tensor, shuffled: bool
     ) -> Tensor:
-        wide = _wide(weight)
-        left, right = _dense_factors(a, b, b_down, wide)
-        (n1, k1), (n2, k2) = left.shape, right.shape
-        merged = new_output(weight, weight.shape)
-        source, target = _blocks(weight, left, right, shuffled), _blocks(merged, left, right, shuffled)
-        step = max(1, CHUNK_ELEMENTS // (n1 * k1 * k2))
-        for first in range(0, n2, step):
-            rows = slice(first, first + step)
-            delta = left[:, None, :, None] * right[None, rows, None, :]
-            target[:, rows] = delta.mul_(scale.to(wide)).add_(source[:, rows]).to(weight.dtype)
-        return merged
+        return _kron_merge(weight, a, b, b_down, scale, shuffled)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.shuffled, weight, *factors = inputs
-        ctx.dtype = weight.dtype
+        _, *factors, ctx.shuffled = inputs
         ctx.save_for_backward(*factors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, b_down, scale = ctx.saved_tensors
         (grad,) = grads
-        wide = _wide(grad)
-        left, right = _dense_factors(a, b, b_down, wide)
-        blocks = _blocks(grad, left, right, ctx.shuffled).to(wide)  # (N1, N2, K1, K2)
-        through_b = torch.einsum("ipjq,pq->ij", blocks, right)
-        through_a = torch.einsum("ipjq,ij->pq", blocks, left)
-        factor = scale.to(wide)
-        db, db_down = factor * through_a, None
-        if b_down is not None:
-            db, db_down = db @ b_down.to(wide).t(), (b.to(wide).t() @ db).to(b_down.dtype)
-        da = None if a is None else (factor * through_b).to(a.dtype)
-        dscale = (through_b * left).sum().to(scale.dtype)
-        return None, grad, da, db.to(b.dtype), db_down, dscale
+        need_weight, need_a, need_b, need_b_down, need_scale, _ = ctx.needs_input_grad
+        da = db = db_down = dscale = None
+        if need_a or need_b or need_b_down or need_scale:
+            a, b, b_down, scale = ctx.saved_tensors
+            wide = _wide(grad)
+            with torch.autocast(grad.device.type, enabled=False):
+                left, right = _dense_factors(a, b, b_down, wide)
+                blocks = _blocks(grad, left, right, ctx.shuffled).to(wide)  # (N1, N2, K1, K2)
+                if need_a or need_scale:
+                    through_b = torch.einsum("ipjq,pq->ij", blocks, right)
+                    da = (scale.to(wide) * through_b).to(a.dtype) if need_a else None
+                    dscale = (through_b * left).sum().to(scale.dtype) if need_scale else None
+                if need_b or need_b_down:
+                    db = scale.to(wide) * torch.einsum("ipjq,ij->pq", blocks, left)
+                    if b_down is not None:
+                        db_down = (b.to(wide).t() @ db).to(b_down.dtype) if need_b_down else None
+                        db = db @ b_down.to(wide).t()
+                    db = db.to(b.dtype) if need_b else None
+        return grad if need_weight else None, da, db, db_down, dscale, None
 
 
 def _dense_factors(

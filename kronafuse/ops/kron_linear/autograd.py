@@ -1,0 +1,125 @@
+"""The autograd.Function around the raw ops: what is saved, and which gradients are asked for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .algorithm import LAYER_GRADIENTS, TERM_GRADIENTS
+from .raw import LAYER_TENSORS, TERM_TENSORS, Layout, kron_backward, kron_forward
+
+BASE = 2
+"""Where base stands among a layer's tensors; its gradient is dy itself, outside the raw op."""
+
+
+class KronGroup(torch.autograd.Function):
+    """The group's y of each layer, then what each term saves for backward."""
+
+    @staticmethod
+    def forward(layout: Layout, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        split = LAYER_TENSORS * len(layout.terms_per_layer)
+        return tuple(kron_forward(x, tensors[:split], tensors[split:], *layout))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        layout, x, *tensors = inputs
+        layers = len(layout.terms_per_layer)
+        split = LAYER_TENSORS * layers
+        saved = output[layers:]
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.layout = layout
+        needs = ctx.needs_input_grad[2:]
+        kept = [
+            None if index < split and index % LAYER_TENSORS == BASE else each
+            for index, each in enumerate(tensors)
+        ]
+        if not any(needs[split:]):
+            saved = [part.new_empty(0) for part in saved]
+            if not any(needs[index] for index in range(0, split, LAYER_TENSORS)):
+                # dx and dbias come from dy alone: x is not kept, only its shape and dtype.
+                x = x.new_empty(()).expand(x.shape)
+        ctx.save_for_backward(x, *kept, *saved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        layout: Layout = ctx.layout
+        layers, terms = len(layout.terms_per_layer), sum(layout.terms_per_layer)
+        split = LAYER_TENSORS * layers
+        x, *rest = ctx.saved_tensors
+        tensors, saved = rest[: split + TERM_TENSORS * terms], rest[split + TERM_TENSORS * terms :]
+        _, need_x, *need = ctx.needs_input_grad
+        results: list[Tensor | None] = [None] * len(need)
+        dx = None
+        used = [index for index in range(layers) if grads[index] is not None]
+        part = _part_of(layout, used)
+        picked = [tensors[index] for index in part.tensors]
+        needs = [need_x, *(need[index] for index in part.gradients)]
+        if used and any(needs):
+            # Under create_graph the products are recorded, to raise where they are differentiated again.
+            products = KronGroupGradient.apply if torch.is_grad_enabled() else KronGroupGradient.forward
+            parts = [saved[index] for index in part.terms]
+            dys = [grads[index] for index in used]
+            dx, *computed = products(part.layout, needs, len(used), *dys, x, *picked, *parts)
+            for index, result in zip(part.gradients, computed, strict=True):
+                results[index] = result if need[index] else None
+        for index in range(layers):
+            if need[index * LAYER_TENSORS + BASE]:
+                results[index * LAYER_TENSORS + BASE] = grads[index]
+        return None, dx if used and need_x else None, *results
+
+
+class KronGroupGradient(torch.autograd.Function):
+    """The gradients of a group, themselves not differentiable."""
+
+    @staticmethod
+    def forward(
+        layout: Layout, needs: list[bool], layers: int, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        dys, x, rest = tensors[:layers], tensors[layers], tensors[layers + 1 :]
+        split = LAYER_TENSORS * layers
+        end = split + TERM_TENSORS * sum(layout.terms_per_layer)
+        return tuple(kron_backward(dys, x, rest[:split], rest[split:end], *layout, rest[end:], needs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.op = inputs[0].op
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(f"{ctx.op}: second derivatives are not implemented")
+
+
+# torch binds the arguments of every apply to forward's signature; read once, it is not read at every call.
+KronGroup.forward.__signature__ = inspect.signature(KronGroup.forward)  # pyright: ignore[reportFunctionMemberAccess]
+
+
+class _Part:
+    """Some layers of a group: their layout, and where their tensors, gradients and terms stand in the whole."""
+
+    def __init__(self, layout: Layout, tensors: list[int], gradients: list[int], terms: list[int]) -> None:
+        self.layout, self.tensors, self.gradients, self.terms = layout, tensors, gradients, terms
+
+
+def _part_of(layout: Layout, used: Sequence[int]) -> _Part:
+    """The layers whose y has a gradient: the others add nothing to any."""
+    counts = layout.terms_per_layer
+    split = LAYER_TENSORS * len(counts)
+    first = [0, *accumulate(counts)]
+    terms = [number for index in used for number in range(first[index], first[index] + counts[index])]
+    assert TERM_TENSORS == TERM_GRADIENTS
+    of_terms = [split + number * TERM_TENSORS + each for number in terms for each in range(TERM_TENSORS)]
+    of_layers = [[index * LAYER_TENSORS + each for each in range(LAYER_TENSORS)] for index in used]
+    part = layout._replace(
+        terms_per_layer=tuple(counts[index] for index in used),
+        scales=tuple(layout.scales[number] for number in terms),
+        shuffled=tuple(layout.shuffled[number] for number in terms),
+    )
+    tensors = [place for layer in of_layers for place in layer] + of_terms
+    gradients = [place for layer in of_layers for place in layer[:LAYER_GRADIENTS]] + of_terms
+    return _Part(part, tensors, gradients, terms)

@@ -1,0 +1,114 @@
+"""What the Triton kernels are compiled for ahead of time: the launches of these problems, recorded on meta tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..ops.kron_linear import tuning
+from ..ops.kron_linear.algorithm import backward, forward
+from ..ops.kron_linear.terms import FrozenLinear, KronTerm
+from ..ops.launch import Architecture
+from ..shapes import KronShape
+from .cases import ODD_CASES, Case
+
+ARCHITECTURES = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+"""Compute capability -> multiprocessors of a common GPU of that kind."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def train_step(case: Case, dtype: torch.dtype, *, everything: bool = False) -> None:
+    """Forward and backward of one adapted layer on meta tensors, all gradients but those of W and bias.
+
+    everything: no W, but a base, three terms, tensor scales and row scales, whose gradients are asked for too
+    """
+    from ..ops.kron_linear import kernels
+
+    terms = tuple(_term(case, dtype, everything) for _ in range(3 if everything else 1))
+    n, k, tokens = case.shape.n, case.shape.k, case.tokens
+    weight = None if everything else meta(n, k, dtype=dtype)
+    base = meta(tokens, n, dtype=dtype) if everything else None
+    layer = FrozenLinear(weight, terms, meta(n, dtype=dtype), base)
+    x, dy = meta(tokens, k, dtype=dtype), meta(tokens, n, dtype=dtype)
+    _, saved = forward(x, [layer], kernels)
+    needs = [True, False, False]
+    for term in terms:
+        needs += [term.a is not None, True, term.b_down is not None, everything, everything]
+    backward([dy], x, [layer], saved, needs, kernels)
+
+
+def _term(case: Case, dtype: torch.dtype, everything: bool) -> KronTerm:
+    shape = case.shape
+    return KronTerm(
+        meta(shape.n1, shape.k1, dtype=dtype) if case.has_a else None,
+        meta(shape.n2, shape.rank or shape.k2, dtype=dtype),
+        None if shape.rank is None else meta(shape.rank, shape.k2, dtype=dtype),
+        meta(dtype=torch.float32) if everything else 0.5,
+        case.shuffled,
+        meta(shape.n, dtype=dtype) if everything else None,
+    )
+
+
+Problem = tuple[str, Callable[[], object]]
+FAST = (Case("krona_64x4", 4096, KronShape(64, 4, 20, 320)), Case("lokr_f8", 4096, KronShape(8, 8, 160, 160)))
+"""Thin and fat: between them every kernel, every kind of tail but multiply-adds of B, and W in both layouts."""
+OTHERS = (
+    Case("krona_4x64", 1024, KronShape(4, 64, 160, 10)),
+    Case("krona_shuffled", 1024, KronShape(64, 8, 20, 160), shuffled=True),
+    Case("lokr_square", 4096, KronShape(32, 32, 40, 40)),
+    Case("lokr_square_shuffled", 1024, KronShape(32, 32, 40, 40), shuffled=True),
+    Case("lokr_f8_r16", 1024, KronShape(8, 8, 160, 160, 16)),
+    Case("lora_r16", 256, KronShape(1, 1, 1280, 1280, 16), has_a=False),
+    Case("cross_k", 77, KronShape(64, 4, 10, 512)),
+    Case("tiny_right", 1024, KronShape(640, 640, 2, 2)),
+)
+"""Further shapes: split K, narrow tiles, permuted features, multiply-adds of B."""
+ODD_ARCHITECTURES = (80, 90)
+"""The odd cases are about sizes of one, which Triton's front end turns into constants, on all architectures alike."""
+
+
+def tiles(architecture: Architecture, dtype: torch.dtype) -> Iterator[Problem]:
+    """Every tile of the linear kernel that the architecture ships, with every kind of tail, W in both layouts."""
+    from ..ops.kron_linear import tails
+    from ..ops.kron_linear.linear_kernel import accumulators_beside, linear_with_tails
+
+    tokens, n = 1024, 1280
+    x, weight, wide = (meta(rows, n, dtype=dtype) for rows in (tokens, n, tokens))
+    dense = tails.DenseTail(meta(tokens, 80, dtype=dtype), meta(n, 80, dtype=dtype))
+    sides, descriptors = (8, n // 8), architecture.capability >= 90
+    block = tails.StructuredTail(
+        tails.BLOCK_TAIL.value, wide, meta(n // 8, n // 8, dtype=dtype), sides, None, False
+    )
+    mix = tails.StructuredTail(tails.MIX_TAIL.value, wide, meta(8, 8, dtype=dtype), sides, None, False)
+    for name, dense_tails, structured in (("dense", [dense], None), ("block", [], block), ("mix", [], mix)):
+        for tile in tuning.tiles_of(architecture, dtype, descriptors, accumulators_beside(structured, False)):
+            config = tuning.LinearConfig(
+                tile.block_m, tile.block_n, tile.block_k, 32, 8, tile.warps, tile.stages, descriptors
+            )  # fmt: skip
+            for layout, w in (("", weight), ("-transposed", weight.t())):
+                yield (
+                    f"tile-{tile.block_m}x{tile.block_n}x{tile.block_k}-{tile.warps}-{name}{layout}",
+                    partial(linear_with_tails, x, w, None, None, n, dense_tails, structured, config),
+                )
+
+
+def problems(architecture: Architecture, dtype: torch.dtype, *, everything: bool) -> Iterator[Problem]:
+    """What to run for the launches to compile; float16's code is bfloat16's but for the types."""
+    for case in FAST:
+        yield case.name, partial(train_step, case, dtype)
+    if everything and dtype != torch.float16:
+        for case in OTHERS:
+            yield case.name, partial(train_step, case, dtype)
+        yield from tiles(architecture, dtype)
+    if everything and dtype == torch.bfloat16 and architecture.capability in ODD_ARCHITECTURES:
+        for case in ODD_CASES.values():
+            yield case.name, partial(train_step, case, dtype)
+            yield f"{case.name}-everything", partial(train_step, case, dtype, everything=True)

@@ -1,0 +1,148 @@
+"""Every Triton kernel compiled for every supported architecture, without a GPU, under two Tritons."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kronafuse import env
+from kronafuse.ops.kron_linear.tuning import LinearConfig
+from kronafuse.ops.launch import Architecture
+from kronafuse.testing.aot import Record
+from kronafuse.testing.aot_problems import ARCHITECTURES
+
+ROOT = Path(__file__).parents[2]
+OLDEST = "3.6.0"
+"""The Triton that the oldest supported torch brings; `make aot` puts it beside the environment's own."""
+OLDEST_PATH = ROOT / ".cache" / f"triton-{OLDEST}"
+KERNELS = {"shrink", "sum", "mix", "reduce", "dense", "linear"}
+
+
+def run(*command: str, path: Path | None = None, cache: Path) -> str:
+    """What a Python process prints in which kernels are compiled, not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != env.TRITON_INTERPRET}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode in (0, 1), done.stderr
+    assert done.stdout, done.stderr
+    return done.stdout
+
+
+def compiled(*options: str, path: Path | None = None, cache: Path) -> list[Record]:
+    workers = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+    text = run(
+        "-m", "kronafuse.testing.aot", "--json", "--workers", workers, *options, path=path, cache=cache
+    )
+    return [Record(**record) for record in json.loads(text)]
+
+
+def assert_shippable(records: list[Record], kernels: set[str]) -> None:
+    """Every kernel on every architecture, nothing spills, shared memory fits, tensor cores by the right instruction."""
+    assert {(record.architecture, record.kernel) for record in records} == {
+        (architecture, kernel) for architecture in ARCHITECTURES for kernel in kernels
+    }
+    faults = [
+        f"sm_{record.architecture} {record.kernel} {record.dtype} {record.problem} {record.constants}: {problem}"
+        for record in records
+        for problem in record.problems()
+    ]
+    assert faults == []
+    for record in records:
+        if record.kernel == "linear" and record.dtype != "fp32":
+            assert_linear_instructions(record)
+
+
+def assert_linear_instructions(record: Record) -> None:
+    """Tiles with 64 rows or more use wgmma on sm_90 and tcgen05 on sm_100, those of descriptors the bulk copy."""
+    counts, large = record.instructions, record.constants["BLOCK_M"] >= 64
+    has_dots = record.constants["DESCRIPTORS"] or record.constants["TAIL"] == 1
+    where = f"sm_{record.architecture} {record.problem}: {counts}"
+    if large and record.constants["DESCRIPTORS"]:
+        expected = {90: "wgmma", 100: "tcgen05"}.get(record.architecture, "mma")
+        assert counts[expected] > 0, where
+    elif has_dots:
+        assert counts["mma"] + counts["wgmma"] + counts["tcgen05"] > 0, where
+    assert (counts["tma"] > 0) == record.constants["DESCRIPTORS"], where
+    assert record.architecture >= 90 or counts["tma"] == 0, where
+
+
+@pytest.mark.parametrize("version", ["pinned", OLDEST])
+def test_kernels_compile(version, tmp_path):
+    """One configuration per kernel and architecture, bfloat16, forward and backward of a thin and a fat adapter."""
+    if version == OLDEST and not OLDEST_PATH.is_dir():
+        pytest.skip(f"no Triton {OLDEST} in {OLDEST_PATH.relative_to(ROOT)}: run `make aot`")
+    records = compiled(path=OLDEST_PATH if version == OLDEST else None, cache=tmp_path)
+    expected = OLDEST if version == OLDEST else env.package_version("triton")
+    assert {record.triton for record in records} == {expected}
+    assert_shippable(records, KERNELS)
+    descriptors = {record.architecture for record in records if record.constants.get("DESCRIPTORS")}
+    assert descriptors == {architecture for architecture in ARCHITECTURES if architecture >= 90}
+
+
+@pytest.mark.slow
+def test_shipped_configurations_compile(tmp_path):
+    """Every tile with every kind of tail, W in both layouts, odd sizes, in all dtypes."""
+    assert_shippable(compiled("--all", cache=tmp_path), KERNELS)
+
+
+SPILLING = """
+from kronafuse.ops.kron_linear import linear_kernel, tuning
+from kronafuse.ops.launch import Architecture, recording
+from kronafuse.testing.aot import compile_launch
+from kronafuse.testing.aot_problems import meta
+import torch
+
+config = tuning.LinearConfig(128, 256, 64, 32, 8, 4, 3, True)
+with recording(Architecture(90, 132)) as recorded:
+    operands = (meta(size, 1280, dtype=torch.bfloat16) for size in (1024, 1280))
+    linear_kernel.linear_with_tails(*operands, None, None, 1280, [], None, config)
+(launch,) = recorded
+print(*compile_launch("spilling", launch, "bf16", 90).problems(), sep="\\n")
+"""
+
+
+def test_spills_are_found(tmp_path):
+    """A tile of 128×256 on four warps has no registers left; the predicate and the compiled code both say so."""
+    text = run("-c", SPILLING, cache=tmp_path)
+    assert "registers spill" in text
+    reasons = LinearConfig(128, 256, 64, 32, 8, 4, 3, True).reasons(Architecture(90, 132), torch.bfloat16)
+    assert reasons == ["256 accumulators a thread, more than 128 spill"]
+
+
+def test_a_record_names_its_problems():
+    counts = {"wgmma": 0, "tcgen05": 0, "mma": 1, "tma": 0, "cp_async": 0, "atomic": 0}
+    good = Record("linear", "x", "bf16", 86, {}, 4, 3, 100, 0, 4096, counts, 0.1, OLDEST)
+    assert good.problems() == []
+    assert replace(good, spilled=64).problems() == []
+    bad = replace(good, spilled=72, shared=102400, instructions={**counts, "atomic": 2})
+    assert bad.problems() == [
+        "registers spill 72 bytes a thread",
+        "102400 bytes of shared memory, sm_86 has 101376",
+        "atomics: the result would not repeat",
+    ]
+
+
+def test_refuses_the_interpreter():
+    environment = {**os.environ, env.TRITON_INTERPRET: "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "kronafuse.testing.aot"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET is set" in done.stderr
