@@ -27,6 +27,10 @@ OLDEST_PATH = ROOT / ".cache" / f"triton-{OLDEST}"
 KERNELS = {"shrink", "sum", "mix", "reduce", "dense", "linear"}
 
 
+KNOWN_SPILLS = {("3.9.0", 120, "reduce", "lokr_f8"): 8}
+"""Bytes a thread that ptxas spills in the fast set, by Triton, architecture, kernel and problem: this one alone."""
+
+
 def run(*command: str, path: Path | None = None, cache: Path) -> str:
     """What a Python process prints in which kernels are compiled, not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != env.TRITON_INTERPRET}
@@ -88,6 +92,8 @@ def test_kernels_compile(version, tmp_path):
     expected = OLDEST if version == OLDEST else env.package_version("triton")
     assert {record.triton for record in records} == {expected}
     assert_shippable(records, KERNELS)
+    found = [((each.triton, each.architecture, each.kernel, each.problem), each.spilled) for each in records]
+    assert [(key, spilled) for key, spilled in found if spilled > KNOWN_SPILLS.get(key, 0)] == []
     descriptors = {record.architecture for record in records if record.constants.get("DESCRIPTORS")}
     assert descriptors == {architecture for architecture in ARCHITECTURES if architecture >= 90}
 
