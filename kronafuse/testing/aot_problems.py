@@ -57,6 +57,15 @@ def _term(case: Case, dtype: torch.dtype, everything: bool) -> KronTerm:
     )
 
 
+def merge_weight(case: Case, dtype: torch.dtype) -> None:
+    """The case's delta folded into its weight, on meta tensors."""
+    from ..ops.kron_merge import kernels
+
+    term = _term(case, dtype, everything=False)
+    weight, scale = meta(case.shape.n, case.shape.k, dtype=dtype), meta(dtype=torch.float32)
+    kernels.merge(weight, term.a, term.b, term.b_down, scale, case.shuffled)
+
+
 Problem = tuple[str, Callable[[], object]]
 FAST = (Case("krona_64x4", 4096, KronShape(64, 4, 20, 320)), Case("lokr_f8", 4096, KronShape(8, 8, 160, 160)))
 """Thin and fat: between them every kernel, every kind of tail but multiply-adds of B, and W in both layouts."""
@@ -104,9 +113,11 @@ def problems(architecture: Architecture, dtype: torch.dtype, *, everything: bool
     """What to run for the launches to compile; float16's code is bfloat16's but for the types."""
     for case in FAST:
         yield case.name, partial(train_step, case, dtype)
+    yield f"{FAST[0].name}-merge", partial(merge_weight, FAST[0], dtype)
     if everything and dtype != torch.float16:
         for case in OTHERS:
             yield case.name, partial(train_step, case, dtype)
+            yield f"{case.name}-merge", partial(merge_weight, case, dtype)
         yield from tiles(architecture, dtype)
     if everything and dtype == torch.bfloat16 and architecture.capability in ODD_ARCHITECTURES:
         for case in ODD_CASES.values():

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 OLDEST = "3.6.0"
 """The Triton that the oldest supported torch brings; `make aot` puts it beside the environment's own."""
 OLDEST_PATH = ROOT / ".cache" / f"triton-{OLDEST}"
-KERNELS = {"shrink", "sum", "mix", "reduce", "dense", "linear"}
+KERNELS = {"shrink", "sum", "mix", "reduce", "dense", "linear", "merge"}
 
 
 KNOWN_SPILLS = {("3.9.0", 120, "reduce", "lokr_f8"): 8}

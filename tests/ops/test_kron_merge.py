@@ -6,38 +6,70 @@ import pytest
 import torch
 from kronafuse import kron_merge
 from kronafuse.ops.kron_linear.ref import delta_weight
-from kronafuse.ops.kron_merge import op
+from kronafuse.ops.kron_merge import eager, op
 from kronafuse.ops.outputs import poisoned
 from kronafuse.testing.cases import CASES, ODD_CASES
 from kronafuse.testing.inputs import case_inputs
 
 MERGED = [*ODD_CASES.values(), *(case for name, case in CASES.items() if name.startswith("sdxl_cross_k_640"))]
+TRITON_MERGED = [*ODD_CASES.values(), CASES["sd15_320-diffusekrona_official"]]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EAGER_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TRITON_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", MERGED, ids=str)
-def test_forward(case, dtype):
+def params() -> list[object]:
+    pairs = [(case, dtype, "eager") for case in MERGED for dtype in EAGER_DTYPES]
+    pairs += [(case, dtype, "triton") for case in TRITON_MERGED for dtype in TRITON_DTYPES]
+    return [
+        pytest.param(case, dtype, impl, id=f"{case}-{str(dtype).removeprefix('torch.')}-{impl}")
+        for case, dtype, impl in pairs
+    ]
+
+
+def implementation(impl: str):
+    """The implementation's merge, as the op calls it."""
+    (chosen,) = [each for each in op.IMPLEMENTATIONS if each.name == impl]
+    return chosen.load().merge
+
+
+@pytest.mark.parametrize(("case", "dtype", "impl"), params())
+def test_forward(case, dtype, impl):
     """W + ΔW is the float64 sum, rounded once: within one spacing everywhere in 16 bits."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    _, layer = case_inputs(case, dtype, tokens=1, factor_dtype=wide)
+    _, layer = case_inputs(case, dtype, tokens=1, factor_dtype=wide, strided=True)
     (term,) = layer.terms
+    tensors = [
+        None if each is None else each.to(DEVICE) for each in (layer.weight, term.a, term.b, term.b_down)
+    ]
+    scale = torch.tensor(term.scale, dtype=wide, device=DEVICE)
     with poisoned():
-        merged = kron_merge(
-            layer.weight, term.a, term.b, b_down=term.b_down, scale=term.scale, shuffled=case.shuffled
-        )
+        merged = implementation(impl)(*tensors, scale, case.shuffled).cpu()
     delta = delta_weight(term._replace(row_scale=None), torch.float64)
     error = (merged.double() - (layer.weight.double() + delta)).abs()
     assert merged.dtype == dtype
+    assert merged.is_contiguous()
     size, eps = layer.weight.double().abs() + delta.abs(), torch.finfo(dtype).eps
     assert error.max() <= (8 if dtype in (torch.float32, torch.float64) else 1) * eps * size.max()
     assert error.mean() <= 0.5 * eps * size.mean()
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_transposed_weight(impl):
+    weight, a, b = (
+        torch.randn(48, 60).t().to(DEVICE),
+        torch.randn(6, 4).to(DEVICE),
+        torch.randn(10, 12).to(DEVICE),
+    )
+    merged = implementation(impl)(weight, a, b, None, torch.tensor(0.5, device=DEVICE), False)
+    torch.testing.assert_close(merged, weight + 0.5 * torch.kron(a, b))
 
 
 def test_chunks_and_strides(monkeypatch):
     """Several chunks and a transposed weight give the same bits as one."""
     weight, a, b = torch.randn(48, 60).t(), torch.randn(6, 4), torch.randn(10, 12)
     whole = kron_merge(weight, a, b, scale=0.5)
-    monkeypatch.setattr(op, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(eager, "CHUNK_ELEMENTS", 1)
     assert torch.equal(kron_merge(weight, a, b, scale=0.5), whole)
     assert whole.is_contiguous()
 

@@ -130,7 +130,7 @@ def test_backend_choice(monkeypatch):
 
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     assert backends.choose("kron_delta", IMPLEMENTATIONS, "auto", cpu, torch.float32).name == "eager"
-    from kronafuse.ops.kron_linear import triton_reasons
+    from kronafuse.ops import triton_reasons
 
     monkeypatch.setattr(triton_reasons.env, "triton_interprets", lambda: False)
     with raises(NotImplementedError, "no CUDA device: tensors are on cpu"):

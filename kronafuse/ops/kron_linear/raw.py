@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ... import backends, checks, planner
 from ...shapes import KronShape
+from .. import triton_reasons
 from . import algorithm, eager, reference
 from .terms import FrozenLinear, KronTerm
 
@@ -63,14 +64,8 @@ def _load_triton() -> _Planned:
     return _Planned(kernels)
 
 
-def _triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
-    from . import triton_reasons
-
-    return triton_reasons.reasons(device, dtype)
-
-
 IMPLEMENTATIONS = (
-    backends.Implementation("triton", _triton_reasons, _load_triton),
+    backends.Implementation("triton", triton_reasons.reasons, _load_triton),
     backends.Implementation("eager", backends.never, lambda: _Planned(eager)),
     backends.Implementation("reference", backends.never, lambda: reference),
 )

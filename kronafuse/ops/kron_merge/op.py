@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks
-from ..kron_linear.maps import kron_view
-from ..outputs import new_output
-
-CHUNK_ELEMENTS = 1 << 20
-"""Elements of the delta that exist at a time, in the wide dtype."""
+from ... import backends, checks
+from .. import triton_reasons
+from . import eager
+from .eager import dense_factors, kron_blocks, wide_dtype
 
 torch.library.define(
     "kronafuse::kron_merge",
@@ -20,22 +18,26 @@ torch.library.define(
 )
 
 
+def _load_triton() -> Any:
+    from . import kernels
+
+    return kernels
+
+
+IMPLEMENTATIONS = (
+    backends.Implementation("triton", triton_reasons.reasons, _load_triton),
+    backends.Implementation("eager", backends.never, lambda: eager),
+)
+"""What can run the op, in order of preference; `auto` chooses."""
+
+
 def _merge(
     weight: Tensor, a: Tensor | None, b: Tensor, b_down: Tensor | None, scale: Tensor, shuffled: bool
 ) -> Tensor:
     checks.check_merge("kron_merge", weight, a, b, b_down)
-    wide = _wide(weight)
+    chosen = backends.choose("kron_merge", IMPLEMENTATIONS, "auto", weight.device, weight.dtype)
     with torch.autocast(weight.device.type, enabled=False):
-        left, right = _dense_factors(a, b, b_down, wide)
-    (n1, k1), (n2, k2) = left.shape, right.shape
-    merged = new_output(weight, weight.shape)
-    source, target = _blocks(weight, left, right, shuffled), _blocks(merged, left, right, shuffled)
-    step = max(1, CHUNK_ELEMENTS // (n1 * k1 * k2))
-    for first in range(0, n2, step):
-        rows = slice(first, first + step)
-        delta = left[:, None, :, None] * right[None, rows, None, :]
-        target[:, rows] = delta.mul_(scale.to(wide)).add_(source[:, rows]).to(weight.dtype)
-    return merged
+        return chosen.load().merge(weight, a, b, b_down, scale, shuffled)
 
 
 def _merge_fake(
@@ -75,15 +77,11 @@ def kron_merge(
     checks.check_scale("kron_merge", scale, weight)
     checks.check_shuffled("kron_merge", shuffled)
     if not isinstance(scale, Tensor):
-        scale = weight.new_ones((), dtype=_wide(weight)) * scale
+        scale = weight.new_ones((), dtype=wide_dtype(weight)) * scale
     tensors = (weight, a, b, b_down, scale)
     if not (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)):
         return _kron_merge(*tensors, shuffled)
     return _KronMerge.apply(*tensors, shuffled)
-
-
-def _wide(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 class _KronMerge(torch.autograd.Function):
@@ -105,10 +103,10 @@ class _KronMerge(torch.autograd.Function):
         da = db = db_down = dscale = None
         if need_a or need_b or need_b_down or need_scale:
             a, b, b_down, scale = ctx.saved_tensors
-            wide = _wide(grad)
+            wide = wide_dtype(grad)
             with torch.autocast(grad.device.type, enabled=False):
-                left, right = _dense_factors(a, b, b_down, wide)
-                blocks = _blocks(grad, left, right, ctx.shuffled).to(wide)  # (N1, N2, K1, K2)
+                left, right = dense_factors(a, b, b_down, wide)
+                blocks = kron_blocks(grad, left, right, ctx.shuffled).to(wide)  # (N1, N2, K1, K2)
                 if need_a or need_scale:
                     through_b = torch.einsum("ipjq,pq->ij", blocks, right)
                     da = (scale.to(wide) * through_b).to(a.dtype) if need_a else None
@@ -120,16 +118,3 @@ class _KronMerge(torch.autograd.Function):
                         db = db @ b_down.to(wide).t()
                     db = db.to(b.dtype) if need_b else None
         return grad if need_weight else None, da, db, db_down, dscale, None
-
-
-def _dense_factors(
-    a: Tensor | None, b: Tensor, b_down: Tensor | None, wide: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    right = b.to(wide) if b_down is None else b.to(wide) @ b_down.to(wide)
-    return (right.new_ones((1, 1)) if a is None else a.to(wide)), right
-
-
-def _blocks(weight: Tensor, left: Tensor, right: Tensor, shuffled: bool) -> Tensor:
-    """(N, K) seen as (N1, N2, K1, K2), without a copy."""
-    rows = kron_view(weight.t(), left.shape[0], right.shape[0], shuffled)
-    return rows.permute(1, 2, 0).unflatten(2, (left.shape[1], right.shape[1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ... import env
+from .. import env
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
