@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+SUFFIX = ".partial"
+"""Ends the name of everything that is still being written."""
 
 
 @contextmanager
@@ -14,9 +19,16 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     After an error or an interrupt the new file is gone and what was at `path` before is untouched. The data
     is on the disk before the rename. A symbolic link at `path` keeps pointing to the file that is replaced.
+    What a killed process left half-written for this `path` is removed. Raises FileNotFoundError where the
+    folder does not exist, IsADirectoryError where `path` is one.
     """
     target = Path(os.path.realpath(path))
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the folder does not exist", str(Path(path).parent))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder is there, not a file", os.fspath(path))
+    remove_stale(target)
+    beside = name_beside(target)
     try:
         yield beside
         with open(beside, "rb+") as file:
@@ -25,3 +37,33 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def name_beside(target: Path) -> Path:
+    """Where this process writes what will become `target`: hidden, in the same folder."""
+    return target.with_name(f".{target.name}.{os.getpid()}{SUFFIX}")
+
+
+def remove_stale(target: Path) -> None:
+    """Remove the half-written files and folders of this target whose process is gone."""
+    before = f".{target.name}."
+    for entry in os.scandir(target.parent):
+        writer = entry.name[len(before) : -len(SUFFIX)]
+        if entry.name != f"{before}{writer}{SUFFIX}" or not writer.isdecimal() or _runs(int(writer)):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            Path(entry.path).unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":
+        return True  # elsewhere signal 0 is not a question
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

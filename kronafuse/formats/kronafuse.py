@@ -12,21 +12,22 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from safetensors import SafetensorError, safe_open
-from safetensors import torch as safetensors_torch
 from torch import Tensor
 
+from ..nn.fields import number
 from ..nn.spec_json import spec_from_dict, spec_to_dict
 from ..version import VERSION
 from .adapter_file import AdapterFile
-from .atomic import written_beside
+from .tensors import check_values, save_tensors
 
 FORMAT = "kronafuse"
 FORMAT_VERSION = 1
 
 
+@runtime_checkable
 class HasAdapterFile(Protocol):
     """What `save` takes beside a file's record: an Attachment."""
 
@@ -42,36 +43,38 @@ def save(path: str | os.PathLike[str], adapter: AdapterFile | HasAdapterFile, fo
     adapter: an Attachment, or what `load` returned
     format:  "kronafuse"
 
-    Raises ValueError for another format, OSError where the disk refuses; nothing half-written is left.
+    Raises TypeError for what is no adapter, ValueError for another format and for factors with NaN or
+    infinity, OSError where the disk refuses; nothing half-written is left.
     """
     if format != FORMAT:
         raise ValueError(f"formats.save: format must be {FORMAT!r}; got {format!r}")
+    if not isinstance(adapter, (AdapterFile, HasAdapterFile)):
+        raise TypeError(
+            "formats.save: adapter must be an Attachment or what formats.load returned; got"
+            f" {type(adapter).__name__}"
+        )
     file = adapter if isinstance(adapter, AdapterFile) else adapter.adapter_file()
+    check_values("formats.save", file.tensors)
     header = {
         "format_version": FORMAT_VERSION,
         "kronafuse_version": VERSION,
         "spec": spec_to_dict(file.spec),
         "modules": {name: list(size) for name, size in file.modules.items()},
-        "scale": file.scale,
+        "scale": number("formats.save", "scale", file.scale),
     }
-    tensors = {name: tensor.detach().contiguous() for name, tensor in file.tensors.items()}
-    if not Path(os.path.realpath(path)).parent.is_dir():
-        raise FileNotFoundError(
-            errno.ENOENT, "formats.save: the folder does not exist", str(Path(path).parent)
-        )
-    with written_beside(path) as beside:
-        try:
-            safetensors_torch.save_file(tensors, beside, {FORMAT: json.dumps(header)})
-        except SafetensorError as error:
-            raise OSError(errno.EIO, f"formats.save: {error}", os.fspath(path)) from error
+    save_tensors(file.tensors, Path(path), {FORMAT: json.dumps(header)})
 
 
 def load(path: str | os.PathLike[str]) -> AdapterFile:
     """Read an adapter file whole; `attach(model, load(path))` puts it on a model.
 
-    Raises FileNotFoundError, and ValueError for a truncated file, one of another kind or one of a newer
-    format.
+    Raises FileNotFoundError, IsADirectoryError, and ValueError for a truncated file, one of another kind,
+    one of a newer format, and factors that are not floating or not finite.
     """
+    if os.path.isdir(path):
+        raise IsADirectoryError(
+            errno.EISDIR, "formats.load: a folder; name the adapter file in it", os.fspath(path)
+        )
     if not os.path.isfile(path):
         raise FileNotFoundError(errno.ENOENT, "formats.load: no such adapter file", os.fspath(path))
     try:
@@ -89,7 +92,9 @@ def load(path: str | os.PathLike[str]) -> AdapterFile:
 def _parse(path: str | os.PathLike[str], text: str, tensors: dict[str, Tensor]) -> AdapterFile:
     try:
         header = json.loads(text)
-        version, writer = int(header["format_version"]), header["kronafuse_version"]
+        version, writer = header["format_version"], header["kronafuse_version"]
+        if type(version) is not int or version < 1:
+            raise ValueError(f"format_version must be a positive integer; got {version!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"formats.load: the metadata of {path} is damaged: {error!r}") from error
     if version > FORMAT_VERSION:
@@ -100,7 +105,7 @@ def _parse(path: str | os.PathLike[str], text: str, tensors: dict[str, Tensor]) 
     try:
         spec = spec_from_dict(header["spec"])
         modules = {name: (int(n), int(k)) for name, (n, k) in header["modules"].items()}
-        scale = float(header["scale"])
+        scale = number("formats.load", "scale", header["scale"])
         expected = {
             f"{name}.{factor}": size
             for name, (n, k) in modules.items()
@@ -117,6 +122,10 @@ def _parse(path: str | os.PathLike[str], text: str, tensors: dict[str, Tensor]) 
             f" first {name}: {expected.get(name, 'none')} by the metadata, {found.get(name, 'none')} in the"
             " file"
         )
+    try:
+        check_values(f"formats.load: {path}", tensors)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
     return AdapterFile(spec, modules, scale, {name: tensors[name] for name in expected})
 
 

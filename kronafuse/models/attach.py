@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from .. import planner
 from ..formats.adapter_file import AdapterFile
 from ..nn.factors import KronFactors
+from ..nn.fields import number
 from ..nn.kron import KronLinear
+from ..nn.sharding import gathered, sharded_like
 from ..nn.specs import AdapterSpec
 from .checks import check_file_modules, check_model, check_places, check_tensors, make_layouts
 from .host import Host
@@ -33,6 +35,10 @@ def attach(model: nn.Module, spec: AdapterSpec | AdapterFile, *, allow_partial: 
     of x, and diffusers' `fuse_qkv_projections()`, which would drop the deltas, raises until the adapters are
     removed. A second call stacks another adapter. Call it before DistributedDataParallel or fully_shard wrap
     the model.
+
+    `copy.deepcopy(attachment)` copies the model together with its handle, as for a moving average of the
+    weights: the copy's `.model` is the new one. A copy of the model alone computes the same, and no handle
+    takes its adapters off.
 
     Raises ValueError for targets that do not exist, factors that do not divide a layer, attention blocks that
     no target matches, and a file of another model; TypeError for a spec that is none. The model is then
@@ -115,19 +121,29 @@ class Attachment:
             yield factor
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every factor by name, sharing memory with the parameters."""
-        return {name: factor.detach() for name, factor in self.named_parameters()}
+        """Every factor by name, sharing memory with the parameters.
+
+        Factors that fully_shard has distributed are gathered: call it on every process, and write its file
+        on one.
+        """
+        return {name: gathered(factor.detach()) for name, factor in self.named_parameters()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copy factors into place, without a recompile of a compiled model.
 
-        Raises ValueError for missing, unknown or mismatched tensors, before anything is copied.
+        Where fully_shard has distributed the factors, call it on every process with the same tensors. Raises
+        ValueError for missing, unknown or mismatched tensors and for NaN and infinity, TypeError for tensors
+        that are not floating, RuntimeError while a delta is merged; all before anything is copied.
         """
+        self._unmerged("load_state_dict")
         sizes = {name: factors.layout.sizes for name, factors in self._factors.items()}
-        check_tensors("load_state_dict", sizes, state_dict)
+        whole = {
+            name: gathered(each) if isinstance(each, Tensor) else each for name, each in state_dict.items()
+        }
+        check_tensors("load_state_dict", sizes, whole)
         with torch.no_grad():
             for name, factor in self.named_parameters():
-                factor.copy_(state_dict[name])
+                factor.copy_(sharded_like(factor, whole[name]))
 
     @property
     def modules(self) -> dict[str, tuple[int, int]]:
@@ -136,18 +152,21 @@ class Attachment:
 
     @property
     def scale(self) -> float:
-        """Multiplies every delta on top of the spec's scales; 1.0 at first. Setting it never recompiles."""
+        """Multiplies every delta on top of the spec's scales; 1.0 at first. Setting it never recompiles.
+
+        Setting raises TypeError for what is no number, ValueError for NaN and infinity, RuntimeError while a
+        delta is merged.
+        """
         return self._scale
 
     @scale.setter
     def scale(self, value: float) -> None:
         self._live("scale")
-        merged = [name for name in self._factors if self._is_merged(name)]
-        if merged:
-            raise RuntimeError(f"scale: {len(merged)} layers are merged; unmerge() first")
+        self._unmerged("scale")
+        strength = number("Attachment", "scale", value)
         for factors in self._factors.values():
-            factors.set_strength(float(value))
-        self._scale = float(value)
+            factors.set_strength(strength)
+        self._scale = strength
 
     def merge(self, keep: bool = True) -> None:
         """Fold every delta into its layer's weight.
@@ -197,7 +216,8 @@ class Attachment:
         for name, layer in self._layers.items():
             if not layer.is_final(self._factors[name]):
                 layer.unmerge(self._factors[name], name=name)
-            self._host.unwrap(name, self._factors[name])
+        for name, factors in self._factors.items():
+            self._host.unwrap(name, factors)
         self._host.leave(self.model)
         self._host = None
 
@@ -243,6 +263,11 @@ class Attachment:
             layer.unfused,
             self._is_merged(name),
         )
+
+    def _unmerged(self, what: str) -> None:
+        merged = [name for name in self._factors if self._is_merged(name)]
+        if merged:
+            raise RuntimeError(f"{what}: {len(merged)} layers are merged; unmerge() first")
 
     def _live(self, what: str) -> Host:
         if self._host is None:

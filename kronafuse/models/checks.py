@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from ..checks import check_tensor
 from ..formats.adapter_file import AdapterFile
+from ..formats.tensors import check_values
 from ..nn.kron import KronLinear
 from ..nn.layout import Layout
 from ..nn.specs import AdapterSpec
@@ -19,6 +21,9 @@ FUSED_PROJECTIONS = {
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
 """diffusers' fused projections, and those that are not called any more once it has made them."""
+
+READ_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules that hand their layers' weights to a kernel of torch's own, past any adapter inside."""
 
 
 def check_model(model: nn.Module) -> None:
@@ -38,7 +43,11 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_places(model: nn.Module, places: Sequence[Place]) -> None:
-    """Raises ValueError for adapted layers of another root, and for projections a fused one has replaced."""
+    """Raises ValueError for layers where an adapter would not count, or would belong to two models.
+
+    Those are adapted layers of another root, layers whose parent reads the weight without calling them, and
+    projections that a fused one has replaced.
+    """
     host: Host | None = model.__dict__.get(ATTRIBUTE)
     owned = {} if host is None else host.layers
     foreign = [
@@ -48,6 +57,17 @@ def check_places(model: nn.Module, places: Sequence[Place]) -> None:
         raise ValueError(
             f"attach: {listed(foreign)} already carry adapters that were not attached to this"
             f" {type(model).__name__} object; attach to the same model object as before"
+        )
+    adapted = {id(place.module) for place in places}
+    passed_over = [
+        f"{name or 'the model itself'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, READ_DIRECTLY) and any(id(each) in adapted for each in module.modules())
+    ]
+    if passed_over:
+        raise ValueError(
+            "attach: these modules hand their layers' weights to a kernel of torch's own, which would pass"
+            f" over an adapter: {listed(passed_over)}. Choose targets outside of them."
         )
     names = {place.name for place in places}
     for name, block in attention_blocks(model).items():
@@ -118,7 +138,12 @@ def check_file_modules(model_name: str, places: Mapping[str, Place], file: Adapt
 def check_tensors(
     op: str, sizes: Mapping[str, Mapping[str, tuple[int, int]]], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Raises ValueError for missing, unknown or mismatched factors, listing them."""
+    """Raises ValueError for missing, unknown or mismatched factors, listing them, and for NaN and infinity.
+
+    Raises TypeError for factors that are no floating tensors.
+    """
+    for name, tensor in tensors.items():
+        check_tensor(op, name, tensor)
     expected = {
         f"{name}.{factor}": size for name, factors in sizes.items() for factor, size in factors.items()
     }
@@ -136,6 +161,7 @@ def check_tensors(
     ]
     if parts:
         raise ValueError(f"{op}: factors do not fit this attachment: " + "; ".join(parts))
+    check_values(op, tensors)
 
 
 def size_of(module: nn.Module) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..nn.factors import KronFactors
 from ..nn.kron import KronLinear
-from .sites import Place, attention_blocks
+from .sites import Place
 
 if TYPE_CHECKING:
     from .processors import SharingProcessors
@@ -30,8 +30,8 @@ class Host:
 
     def __init__(self) -> None:
         self.layers: dict[str, tuple[KronLinear, Place]] = {}
-        self.frozen: list[str] = []
-        self.refusing: list[tuple[nn.Module, str, Any]] = []
+        self.frozen: list[tuple[nn.Module, str]] = []
+        self.refusing: list[tuple[nn.Module, str, Any, Any]] = []
         self.processors: SharingProcessors | None = None
         self.users = 0
 
@@ -68,8 +68,9 @@ class Host:
 
     def unwrap(self, name: str, factors: KronFactors) -> None:
         """Take one adapter off one layer; without adapters the base is put back where it was."""
-        self.layers[name][0].discard(factors)
-        self._put_back(name)
+        if name in self.layers:
+            self.layers[name][0].discard(factors)
+            self._put_back(name)
 
     def _put_back(self, name: str) -> None:
         layer, place = self.layers[name]
@@ -87,38 +88,53 @@ class Host:
         ]
 
     def leave(self, model: nn.Module) -> None:
-        """One user less; after the last, the model is as it was before the first."""
-        self.users -= 1
-        if self.users > 0:
+        """One user less; after the last, the model is as it was before the first.
+
+        What has since been taken out of the model, or replaced in it, is passed over.
+        """
+        if self.users > 1:
+            self.users -= 1
             return
         for name in tuple(self.layers):
             self._put_back(name)
         if self.processors is not None:
             self.processors.restore()
-        for module, method, own in self.refusing:
-            del module.__dict__[method]
-            if own is not None:
-                module.__dict__[method] = own
-        for name in self.frozen:
-            model.get_parameter(name).requires_grad_(True)
-        del model.__dict__[ATTRIBUTE]
+        for module, method, refusal, own in self.refusing:
+            if module.__dict__.get(method) is refusal:
+                del module.__dict__[method]
+                if own is not None:
+                    module.__dict__[method] = own
+        for module, attribute in self.frozen:
+            parameter = module._parameters.get(attribute)
+            if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
+                parameter.requires_grad_(True)
+        model.__dict__.pop(ATTRIBUTE, None)
+        self.users = 0
 
     def _freeze(self, model: nn.Module) -> None:
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                self.frozen.append(name)
-                parameter.requires_grad_(False)
+        for module in model.modules():
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad:
+                    self.frozen.append((module, attribute))
+                    parameter.requires_grad_(False)
 
     def _refuse_fusing(self, model: nn.Module) -> None:
-        for module in (model, *attention_blocks(model).values()):
+        for module in model.modules():
             for method in FUSING_METHODS:
                 if callable(getattr(module, method, None)):
-                    self.refusing.append((module, method, module.__dict__.get(method)))
-                    module.__dict__[method] = partial(_refuse, method, type(module).__name__)
+                    refusal = partial(_refuse, method, type(module).__name__)
+                    self.refusing.append((module, method, refusal, module.__dict__.get(method)))
+                    module.__dict__[method] = refusal
 
 
 def _refuse(method: str, name: str, *_args: Any, **_kwargs: Any) -> NoReturn:
+    before = (
+        " Where the adapters sit on a part of a model that was fusing its blocks in turn, those before this one"
+        " now hold fused copies of their weights; the outputs are unchanged."
+        if method == "fuse_projections"
+        else ""
+    )
     raise RuntimeError(
         f"{name}.{method}: the model carries kronafuse adapters, whose deltas a fused projection would drop."
-        " Fuse first and adapt the fused layers, or merge(keep=False) and remove() the attachment first."
+        f" Fuse first and adapt the fused layers, or merge(keep=False) and remove() the attachment first.{before}"
     )

@@ -156,7 +156,7 @@ class SharingProcessors:
     def restore(self) -> None:
         """Put back every original that is still ours; a backend chosen in between is carried over."""
         for module, stock, ours in self.exchanged.values():
-            if module.processor is ours:
+            if getattr(module, "processor", None) is ours:
                 stock.__dict__.update(ours.__dict__)
                 module.processor = stock
         self.exchanged, self.left = {}, {}

@@ -18,9 +18,6 @@ CLIP_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": 
 CLIP_MODEL_TYPES = ("clip_text_model", "clip")
 """`config.model_type` of the models on which they do."""
 
-READ_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""Modules that hand their layers' weights to a kernel of torch's own, past any adapter inside."""
-
 
 @dataclass
 class Place:
@@ -84,25 +81,13 @@ def resolve_targets(model: nn.Module, targets: Sequence[str]) -> tuple[str, ...]
 def select(model: nn.Module, targets: Sequence[str]) -> list[Place]:
     """The linear layers whose names end in one of `targets`, in the model's order.
 
-    Raises ValueError for a target that ends no linear layer's name, listing what exists, and for a layer
-    whose parent reads its weight without calling it.
+    Raises ValueError for a target that ends no linear layer's name, listing what exists.
     """
     places = linear_places(model)
     for target in targets:
         if not any(ends_in(name, target) for name in places):
             raise ValueError(_unknown(model, target, places))
-    chosen = [place for name, place in places.items() if any(ends_in(name, target) for target in targets)]
-    passed_over = {
-        f"{name} ({type(module).__name__})": None
-        for name, module in model.named_modules()
-        if isinstance(module, READ_DIRECTLY) and any(_below(place.name, name) for place in chosen)
-    }
-    if passed_over:
-        raise ValueError(
-            "attach: these modules hand their layers' weights to a kernel of torch's own, which would pass"
-            f" over an adapter: {listed(passed_over)}. Choose targets outside of them."
-        )
-    return chosen
+    return [place for name, place in places.items() if any(ends_in(name, target) for target in targets)]
 
 
 def attention_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -132,10 +117,6 @@ def unmatched_blocks(model: nn.Module, targets: Sequence[str]) -> dict[str, list
         elif not any(leaf(layer) in leaves for layer in layers):
             missed[name] = layers
     return missed if matched else {}
-
-
-def _below(name: str, module_name: str) -> bool:
-    return not module_name or name.startswith(module_name + ".")
 
 
 def _unknown(model: nn.Module, target: str, places: dict[str, Place]) -> str:

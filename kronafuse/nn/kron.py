@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops.kron_linear.op import kron_linear_group
+from ..checks import check_dtype, check_tensor
+from ..ops.kron_linear.op import compute_dtype, kron_linear_group
 from ..ops.kron_linear.terms import FrozenLinear, KronTerm
 from .factors import KronFactors
 from .fusing import has_global_hooks, has_hooks, input_reason, module_reason
@@ -86,10 +87,10 @@ class KronLinear(nn.Module):
         return factors
 
     def discard(self, factors: KronFactors) -> None:
-        """Take one adapter off the layer; what was merged with keep=False stays in the weight."""
+        """Take one adapter off the layer if it is there; what was merged with keep=False stays in the weight."""
         self._merging.drop(factors)
-        name = next(name for name, each in self.adapters.items() if each is factors)
-        del self.adapters[name]
+        for name in [name for name, each in self.adapters.items() if each is factors]:
+            del self.adapters[name]
 
     def merge(self, factors: KronFactors, *, keep: bool = True, name: str = "the layer") -> None:
         """Replace the base's weight by weight + delta.
@@ -127,7 +128,12 @@ class KronLinear(nn.Module):
         return tuple(each() if has_hooks(each) else each.term() for each in self.active())
 
     def frozen_linear(self, x: Tensor, terms: tuple[KronTerm, ...]) -> FrozenLinear:
-        """The layer as the operators take it: its weight where that is safe, else its output for x."""
+        """The layer as the operators take it: its weight where that is safe, else its output for x.
+
+        Raises TypeError for an x that is no floating tensor.
+        """
+        check_tensor("KronLinear", "x", x)
+        check_dtype("KronLinear", "x", x)
         base = self.base_layer
         reason = module_reason(base)
         if reason is None:
@@ -140,11 +146,11 @@ class KronLinear(nn.Module):
         return FrozenLinear(None, terms, None, base(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) -> (..., N)."""
+        """x (..., K) -> (..., N), in the dtype that the base gives."""
         terms = self.terms()
         if not terms:
             return self.base_layer(x)
-        return kron_linear_group(x, [self.frozen_linear(x, terms)])[0]
+        return _evaluate(x, [self.frozen_linear(x, terms)])[0]
 
     def extra_repr(self) -> str:
         """Sizes, factors, scales, and whether the layer is fused."""
@@ -181,4 +187,16 @@ def joins_a_group(module: nn.Module) -> bool:
 def linear_group(x: Tensor, layers: Sequence[KronLinear]) -> list[Tensor]:
     """[layer(x) for layer in layers], from one read of x. Every layer must satisfy `joins_a_group`."""
     with_terms = [(layer, layer.terms()) for layer in layers]
-    return kron_linear_group(x, [layer.frozen_linear(x, terms) for layer, terms in with_terms])
+    return _evaluate(x, [layer.frozen_linear(x, terms) for layer, terms in with_terms])
+
+
+def _evaluate(x: Tensor, layers: list[FrozenLinear]) -> list[Tensor]:
+    """One operator call; to a base output of another dtype than the call's, the delta is added in that dtype."""
+    dtype = compute_dtype(x)
+    apart = [each.base if each.base is not None and each.base.dtype != dtype else None for each in layers]
+    joined = [
+        layer if base is None else layer._replace(base=None)
+        for layer, base in zip(layers, apart, strict=True)
+    ]
+    results = kron_linear_group(x, joined)
+    return [y if base is None else base + y.to(base.dtype) for y, base in zip(results, apart, strict=True)]

@@ -48,9 +48,6 @@ def spec_from_dict(values: Mapping[str, Any]) -> AdapterSpec:
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"spec: dtype must name a torch dtype; got {remaining['dtype']!r}")
         remaining["dtype"] = dtype
-    for name in ("targets", "factors"):
-        if name in remaining:
-            remaining[name] = tuple(remaining[name])
     if remaining.get("per_target") is not None:
         remaining["per_target"] = {
             suffix: spec_from_dict(override) for suffix, override in remaining["per_target"].items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -10,8 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..checks import FLOATING
 from ..shapes import KronShape
 from .factorization import divisors, factorization
+from .fields import flag, number, plain
 from .layout import Layout, Start
 
 DEFAULT = ("to_q", "to_k", "to_v", "to_out.0")
@@ -41,25 +42,39 @@ class AdapterSpec(ABC):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        targets: object = self.targets
         if (
-            isinstance(self.targets, str)
-            or not self.targets
-            or not all(isinstance(t, str) for t in self.targets)
+            not isinstance(targets, (tuple, list))
+            or not targets
+            or not all(isinstance(each, str) for each in targets)
         ):
-            raise TypeError(f"{name}: targets must be a tuple of module-name suffixes; got {self.targets!r}")
-        object.__setattr__(self, "targets", tuple(self.targets))
-        if self.init not in self.INITS:
+            raise TypeError(f"{name}: targets must be a tuple of module-name suffixes; got {targets!r}")
+        self._set("targets", tuple(targets))
+        if not isinstance(self.init, str) or self.init not in self.INITS:
             raise ValueError(f"{name}: init must be one of {', '.join(self.INITS)}; got {self.init!r}")
-        if not self.dtype.is_floating_point or self.dtype.itemsize < 2:
-            raise TypeError(f"{name}: dtype must be float32, float16, bfloat16 or float64; got {self.dtype}")
-        if isinstance(self.scale, bool) or not math.isfinite(self.scale):
-            raise ValueError(f"{name}: scale must be a finite number; got {self.scale!r}")
+        if self.dtype not in FLOATING:
+            raise TypeError(
+                f"{name}: dtype must be torch.float32, float16, bfloat16 or float64; got {self.dtype!r}"
+            )
+        self._set("scale", number(name, "scale", self.scale))
+        self._set("shuffled", flag(name, "shuffled", self.shuffled))
         if self.per_target is not None:
-            object.__setattr__(self, "per_target", {key: self._override(key) for key in self.per_target})
+            if not isinstance(self.per_target, Mapping):
+                raise TypeError(f"{name}: per_target must map suffixes to fields; got {self.per_target!r}")
+            self._set("per_target", {suffix: self._override(suffix) for suffix in self.per_target})
+
+    def _set(self, field_name: str, value: object) -> None:
+        """Put a field's checked and plain value in its place, while the record is being made."""
+        object.__setattr__(self, field_name, value)
 
     def _override(self, suffix: str) -> AdapterSpec:
         assert self.per_target is not None
         value = self.per_target[suffix]
+        if not isinstance(suffix, str) or not isinstance(value, (AdapterSpec, Mapping)):
+            raise TypeError(
+                f"{type(self).__name__}: per_target must map each suffix to fields that differ there, or to"
+                f" another spec; got {suffix!r}: {value!r}"
+            )
         if isinstance(value, AdapterSpec):
             return replace(value, per_target=None)
         known = {each.name for each in fields(self)} - {"targets", "per_target"}
@@ -110,10 +125,11 @@ class KronA(AdapterSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        factors = tuple(self.factors)
+        pair: object = self.factors
+        factors = tuple(plain(each) for each in pair) if isinstance(pair, (tuple, list)) else ()
         if len(factors) != 2 or not all(type(each) is int and each > 0 for each in factors):
-            raise ValueError(f"KronA: factors must be two positive integers (N1, K1); got {self.factors!r}")
-        object.__setattr__(self, "factors", factors)
+            raise ValueError(f"KronA: factors must be two positive integers (N1, K1); got {pair!r}")
+        self._set("factors", factors)
 
     def layout(self, n: int, k: int, name: str = "") -> Layout:
         """A (N1, K1) and B (N/N1, K/K1); ValueError where they do not divide, with what does."""
@@ -163,9 +179,13 @@ class LoKr(AdapterSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.factor) is not int or (self.factor < 1 and self.factor != -1):
+        factor = plain(self.factor)
+        if type(factor) is not int or (factor < 1 and factor != -1):
             raise ValueError(f"LoKr: factor must be a positive integer or -1; got {self.factor!r}")
-        _check_rank("LoKr", self.rank, self.alpha, optional=True)
+        self._set("factor", factor)
+        self._set("rank", None if self.rank is None else _checked_rank("LoKr", self.rank))
+        self._set("alpha", None if self.alpha is None else number("LoKr", "alpha", self.alpha))
+        self._set("decompose_both", flag("LoKr", "decompose_both", self.decompose_both))
         if self.decompose_both and self.rank is None:
             raise ValueError("LoKr: decompose_both needs a rank; got rank=None")
 
@@ -207,7 +227,8 @@ class LoRA(AdapterSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_rank("LoRA", self.rank, self.alpha, optional=False)
+        self._set("rank", _checked_rank("LoRA", self.rank))
+        self._set("alpha", None if self.alpha is None else number("LoRA", "alpha", self.alpha))
 
     def layout(self, n: int, k: int, name: str = "") -> Layout:
         """B_up (N, R) and B_down (R, K); every layer has one."""
@@ -215,11 +236,11 @@ class LoRA(AdapterSpec):
         return self._layout(KronShape(1, 1, n, k, self.rank), has_a=False, scale=scale)
 
 
-def _check_rank(name: str, rank: int | None, alpha: float | None, *, optional: bool) -> None:
-    if not (optional and rank is None) and (type(rank) is not int or rank < 1):
-        raise ValueError(f"{name}: rank must be a positive integer; got {rank!r}")
-    if alpha is not None and (isinstance(alpha, bool) or not math.isfinite(alpha)):
-        raise ValueError(f"{name}: alpha must be a finite number; got {alpha!r}")
+def _checked_rank(name: str, value: object) -> int:
+    rank = plain(value)
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"{name}: rank must be a positive integer; got {value!r}")
+    return rank
 
 
 def _listed(numbers: list[int], most: int = 24) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from kronafuse import KronA, LoKr, LoRA, __version__, attach, formats
@@ -204,6 +206,28 @@ def test_save_refuses_other_formats_and_missing_folders(tmp_path):
         formats.save(tmp_path / "a.safetensors", attachment, format="peft")
     with pytest.raises(FileNotFoundError, match="the folder does not exist"):
         formats.save(tmp_path / "nowhere" / "a.safetensors", attachment)
+    with pytest.raises(IsADirectoryError, match="a folder is there, not a file"):
+        formats.save(tmp_path, attachment)
+    for wrong in (Net(), attachment.state_dict(), attachment.spec):
+        with pytest.raises(TypeError, match=f"or what formats.load returned; got {type(wrong).__name__}"):
+            formats.save(tmp_path / "a.safetensors", wrong)
+    next(attachment.parameters()).data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"formats\.save: blocks\.0\.to_q\.lokr_a must be finite"):
+        formats.save(tmp_path / "a.safetensors", attachment)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        KronA((8, 4), targets=("to_q",), scale=torch.tensor(0.5), shuffled=np.bool_(True)),
+        LoRA(4, np.float32(8), targets=("to_q",)),
+    ],
+    ids=lambda spec: type(spec).__name__,
+)
+def test_every_spec_that_can_be_attached_can_be_saved(spec, tmp_path):
+    formats.save(tmp_path / "a.safetensors", adapted(spec)[1])
+    assert formats.load(tmp_path / "a.safetensors").spec == spec
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, 0.99])
@@ -231,7 +255,7 @@ def test_files_of_another_kind(tmp_path):
         formats.load(path)
     with pytest.raises(FileNotFoundError, match=r"no such adapter file.*absent\.safetensors"):
         formats.load(tmp_path / "absent.safetensors")
-    with pytest.raises(FileNotFoundError, match="no such adapter file"):
+    with pytest.raises(IsADirectoryError, match=r"formats\.load: a folder; name the adapter file in it"):
         formats.load(tmp_path)
 
 
@@ -248,6 +272,18 @@ def rewritten(path: Path, change) -> None:
     [
         (lambda header, _: header.update(format_version=2), "has format version 2, written by kronafuse"),
         (lambda header, _: header.update(format_version="new"), "metadata of .* is damaged: ValueError"),
+        (lambda header, _: header.update(format_version=-1), "format_version must be a positive .* got -1"),
+        (lambda header, _: header.update(format_version=1.5), "format_version must be a positive .* got 1.5"),
+        (lambda header, _: header.update(scale=math.nan), "scale must be a finite number; got nan"),
+        (lambda header, _: header["spec"].update(targets="to_q"), "targets must be a tuple"),
+        (
+            lambda _, tensors: tensors.update({"blocks.0.to_q.lokr_a": torch.ones(8, 4, dtype=torch.int8)}),
+            r"a\.safetensors: blocks\.0\.to_q\.lokr_a must be float32, .* got int8",
+        ),
+        (
+            lambda _, tensors: tensors["blocks.0.to_q.lokr_a"].fill_(math.inf),
+            r"a\.safetensors: blocks\.0\.to_q\.lokr_a must be finite; got NaN or infinity",
+        ),
         (lambda header, _: header.pop("spec"), "metadata of .* is damaged: KeyError"),
         (lambda header, _: header.update(spec="{"), "metadata of .* is damaged"),
         (lambda header, _: header.update(spec={"kind": "DoRA"}), "kind must be one of KronA, LoKr, LoRA"),

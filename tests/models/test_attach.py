@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from kronafuse import KronA, LoKr, LoRA, attach
+from kronafuse.formats import AdapterFile
 from kronafuse.nn import KronLinear
 from small_models import MODELS, PARTIAL, build, output, randomize
 from torch import nn
@@ -244,6 +245,76 @@ def test_deepcopy_of_an_adapted_model_is_its_own():
     assert torch.equal(output(other, inputs), adapted)
 
 
+def test_deepcopy_of_an_attachment_brings_its_model():
+    """How a moving average of the weights gets a handle of its own."""
+    model, inputs = build("sd15")
+    before, start = snapshot(model), output(model, inputs).detach()
+    attachment = attach(model, KRONA)
+    randomize(attachment)
+    adapted = output(model, inputs)
+    copied = copy.deepcopy(attachment)
+    assert copied.model is not model
+    randomize(attachment, seed=4)
+    assert torch.equal(output(copied.model, inputs), adapted)
+    copied.remove()
+    assert torch.equal(output(copied.model, inputs), start)
+    assert not any(isinstance(each, KronLinear) for each in copied.model.modules())
+    assert all(each.requires_grad for each in copied.model.parameters())
+    copied.model.fuse_qkv_projections()
+    assert len(attachment.report.layers) == len(copied.modules)
+    attachment.remove()
+    assert snapshot(model) == before
+
+
+def test_load_state_dict_refuses_while_merged():
+    model, inputs = build("dit")
+    attachment = attach(model, KRONA)
+    randomize(attachment)
+    state = {name: 2 * each for name, each in attachment.state_dict().items()}
+    attachment.merge()
+    merged = output(model, inputs)
+    with pytest.raises(RuntimeError, match=r"load_state_dict: 8 layers are merged; unmerge\(\) first"):
+        attachment.load_state_dict(state)
+    attachment.unmerge()
+    assert torch.allclose(output(model, inputs), merged, atol=1e-4)
+    attachment.load_state_dict(state)
+    assert not torch.allclose(output(model, inputs), merged, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (lambda each: each.to(torch.int64), TypeError, "must be float32, .*got int64"),
+        (lambda each: each.bool(), TypeError, "must be float32, .*got bool"),
+        (lambda each: each.to(torch.complex64), TypeError, "must be float32, .*got complex64"),
+        (lambda each: each.tolist(), TypeError, "must be a tensor; got list"),
+        (lambda each: each * torch.nan, ValueError, "must be finite; got NaN or infinity"),
+        (lambda each: each + torch.inf, ValueError, "must be finite; got NaN or infinity"),
+    ],
+)
+def test_load_state_dict_takes_finite_floating_tensors_only(change, error, text):
+    model, _ = build("dit")
+    attachment = attach(model, KRONA)
+    before = {name: each.clone() for name, each in attachment.state_dict().items()}
+    name = "transformer_blocks.1.attn1.to_v.lokr_b"
+    state = {each_name: each + 1 for each_name, each in before.items()}
+    with pytest.raises(error, match=f"load_state_dict: {name} {text}"):
+        attachment.load_state_dict(state | {name: change(state[name])})
+    assert all(torch.equal(each, before[each_name]) for each_name, each in attachment.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(float("nan"), ValueError), (float("inf"), ValueError), (None, TypeError), ("1", TypeError)],
+)
+def test_scale_is_a_finite_number(value, error):
+    model, _ = build("dit")
+    attachment = attach(model, KRONA)
+    with pytest.raises(error, match="Attachment: scale must be a finite number; got"):
+        attachment.scale = value
+    assert attachment.scale == 1.0
+
+
 def test_clip_takes_the_default_targets_by_its_own_names():
     model, _ = build("clip")
     with attach(model, KRONA) as attachment:
@@ -369,6 +440,17 @@ def test_refuses_layers_whose_weight_is_read_past_them():
         assert list(attachment.modules) == ["1"]
 
 
+def test_refuses_them_from_a_file_too():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    tensors = {"attention.out_proj.lokr_a": torch.ones(2, 2), "attention.out_proj.lokr_b": torch.ones(4, 4)}
+    spec = KronA((2, 2), targets=("out_proj",))
+    file = AdapterFile(spec, {"attention.out_proj": (8, 8)}, 1.0, tensors)
+    with pytest.raises(ValueError, match=r"pass over an adapter: attention \(MultiheadAttention\)"):
+        attach(model, file)
+    with pytest.raises(ValueError, match=r"pass over an adapter: the model itself \(MultiheadAttention\)"):
+        attach(model["attention"], spec)
+
+
 def test_a_layer_held_twice_is_adapted_once():
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict(
@@ -433,6 +515,45 @@ def test_remove_refuses_where_a_layer_was_replaced():
     block.to_q = layer
     attachment.remove()
     assert isinstance(block.to_q, nn.Linear)
+
+
+@pytest.mark.parametrize("how", ["taken out", "compiled"])
+def test_remove_where_the_model_has_changed_around_the_adapters(how):
+    """A module that is gone, and one that has another name by now: the rest is given back all the same."""
+    model, _ = build("sd15")
+    attachment = attach(model, KRONA)
+    if how == "taken out":
+        model.conv_norm_out = None
+        model.mid_block.attentions[0].norm = nn.GroupNorm(8, 64)
+    else:
+        model.mid_block = torch.compile(model.mid_block, backend="eager")
+    attachment.remove()
+    attachment.remove()
+    assert not any(isinstance(each, KronLinear) for each in model.modules())
+    assert all(each.requires_grad for each in model.parameters())
+    assert not any("kronafuse" in key for key in model.__dict__)
+    assert "removed" in repr(attachment)
+
+
+def test_remove_that_failed_can_be_repeated(monkeypatch):
+    model, inputs = build("dit")
+    start = output(model, inputs)
+    attachment, second = attach(model, KRONA), attach(model, LoRA(2))
+    randomize(attachment)
+    adapted = output(model, inputs)
+    attachment.merge()
+    layer = model.transformer_blocks[1].attn1.to_v
+    monkeypatch.setattr(layer, "unmerge", lambda *_, **__: 1 / 0, raising=False)
+    with pytest.raises(ZeroDivisionError):
+        attachment.remove()
+    monkeypatch.undo()
+    assert torch.allclose(output(model, inputs), adapted, atol=1e-4)
+    attachment.remove()
+    assert torch.allclose(output(model, inputs), start, atol=1e-5)
+    assert len(second.report.layers) == 8
+    second.remove()
+    assert all(each.requires_grad for each in model.parameters())
+    assert not any(isinstance(each, KronLinear) for each in model.modules())
 
 
 def test_a_failure_while_attaching_leaves_the_model_alone(monkeypatch):

@@ -13,6 +13,7 @@ from kronafuse.models.processors import SHARING
 from kronafuse.nn import KronLinear
 from kronafuse.nn import kron as kron_module
 from small_models import MODELS, PARTIAL, build, output, randomize
+from torch import nn
 
 KRONA = KronA((8, 4))
 JOINT = KronA(
@@ -270,6 +271,38 @@ def test_fusing_projections_is_refused_and_allowed_again(name):
     model.fuse_qkv_projections()
     assert torch.allclose(output(model, inputs), y, atol=1e-4)
     assert any(getattr(each, "fused_projections", False) for each in model.modules())
+
+
+def test_fusing_is_refused_by_a_model_inside_the_adapted_one():
+    model, inputs = build("sd15")
+    with attach(nn.ModuleDict({"unet": model}), KRONA):
+        with pytest.raises(
+            RuntimeError, match=r"UNet2DConditionModel.fuse_qkv_projections: the model carries"
+        ):
+            model.fuse_qkv_projections()
+        assert not any(hasattr(each, "to_qkv") for each in model.modules())
+    model.fuse_qkv_projections()
+    output(model, inputs)
+
+
+@pytest.mark.parametrize(("name", "part"), [("sd15", "mid_block"), ("sd3", "transformer_blocks.1")])
+def test_refused_fusing_around_an_adapted_part_leaves_the_outputs(name, part):
+    """diffusers fuses block after block: ours refuses, and what those before it hold changes nothing."""
+    model, inputs = build(name)
+    start = output(model, inputs)
+    attachment = attach(model.get_submodule(part), KRONA)
+    randomize(attachment)
+    adapted = output(model, inputs)
+    with pytest.raises(RuntimeError, match="those before this one now hold fused copies of their weights"):
+        model.fuse_qkv_projections()
+    assert torch.allclose(output(model, inputs), adapted, atol=1e-5)
+    attachment.remove()
+    assert torch.allclose(output(model, inputs), start, atol=1e-5)
+    with attach(model, KRONA) as whole:
+        randomize(whole)
+        assert not torch.allclose(output(model, inputs), start, atol=1e-3)
+    model.fuse_qkv_projections()
+    assert torch.allclose(output(model, inputs), start, atol=1e-4)
 
 
 def test_attach_refuses_projections_that_are_fused_already():

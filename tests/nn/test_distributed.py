@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from kronafuse import LoKr, LoRA
+from kronafuse import LoKr, LoRA, attach, formats
 from kronafuse.nn import KronLinear
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -77,6 +77,29 @@ def test_fully_shard_around_the_layers(group):
     assert model.first._input_reason is None
     for each, other in zip(results, reference, strict=True):
         assert torch.allclose(each, other, atol=1e-6)
+
+
+def test_fully_shard_of_an_attachment_is_saved_and_loaded(group, tmp_path):
+    """The factors are DTensors then: gathered into the file, distributed again from it."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
+    attachment = attach(model, LoKr(4, 2, targets=("0", "1")))
+    for factor in attachment.parameters():
+        nn.init.normal_(factor)
+    wanted = {name: each.clone() for name, each in attachment.state_dict().items()}
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    assert all(isinstance(each, DTensor) for each in attachment.parameters())
+    formats.save(tmp_path / "a.safetensors", attachment)
+    state = formats.load(tmp_path / "a.safetensors").tensors
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(each, wanted[name]) for name, each in state.items())
+    sharded = {name: each.detach() for name, each in attachment.named_parameters()}
+    for factor, new in (
+        (3.0, {name: 3 * each for name, each in state.items()}),
+        (2.0, {name: 2 * each for name, each in sharded.items()}),
+    ):
+        attachment.load_state_dict(new)
+        assert all(isinstance(each, DTensor) for each in attachment.parameters())
+        assert all(torch.equal(each, factor * wanted[name]) for name, each in attachment.state_dict().items())
 
 
 def test_fully_shard_of_the_base_itself(group):

@@ -283,6 +283,55 @@ def test_rejects_what_is_no_linear_and_factors_of_another_size():
         made().add(KronA((8, 4)).layout(64, 64))
 
 
+class Answering(nn.Linear):
+    """A base that computes in fp32 and answers in one dtype whatever came."""
+
+    answer = torch.float32
+
+    def forward(self, input):
+        return super().forward(input.float()).to(self.answer)
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "answer"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16)],
+)
+@pytest.mark.parametrize("together", [False, True])
+def test_a_base_that_answers_in_another_dtype(x_dtype, answer, together):
+    """As without an adapter, the result has the dtype of the base's own answer."""
+    layer, x = made(), x_of(dtype=x_dtype)
+    base = Answering(K, N)
+    base.answer = answer
+    base.load_state_dict(layer.base_layer.state_dict())
+    layer.base_layer = base
+    y = kron_module.linear_group(x, [layer, made(dtype=x_dtype)])[0] if together else layer(x)
+    assert y.dtype == base(x).dtype == answer
+    assert torch.allclose(y.double(), expected(layer, x), rtol=0.05, atol=0.6)
+    y.float().sum().backward()
+    assert all(each.grad.abs().max() > 0 for each in layer.adapters.parameters())
+
+
+def test_a_base_that_answers_in_fp32_under_autocast():
+    layer, x = made(), x_of()
+    base = Answering(K, N)
+    base.load_state_dict(layer.base_layer.state_dict())
+    layer.base_layer = base
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == base(x).dtype == torch.float32
+    assert torch.allclose(y.double(), expected(layer, x), rtol=0.05, atol=0.6)
+
+
+def test_rejects_an_input_that_is_no_floating_tensor():
+    layer = made()
+    with pytest.raises(TypeError, match=r"KronLinear: x must be float32, .* got int64"):
+        layer(torch.ones(2, K, dtype=torch.int64))
+    with pytest.raises(TypeError, match="KronLinear: x must be a tensor; got list"):
+        layer([1.0] * K)
+    with pytest.raises(TypeError, match=r"KronLinear: x must be float32, .* got bool"):
+        kron_module.linear_group(torch.ones(2, K, dtype=torch.bool), [layer, made()])
+
+
 def test_rejects_an_offloaded_base():
     base = nn.Linear(K, N, device="meta")
     base.register_forward_pre_hook(lambda *_: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from kronafuse import KronA, LoKr, LoRA
@@ -161,8 +162,8 @@ def test_rejects_factors_that_do_not_divide():
         (lambda: KronA(targets="to_q"), TypeError, "targets must be a tuple .* got 'to_q'"),
         (lambda: KronA(targets=()), TypeError, "targets must be a tuple"),
         (lambda: KronA(init="xavier"), ValueError, "init must be one of diffusekrona, kaiming; got 'xavier'"),
-        (lambda: KronA(dtype=torch.int8), TypeError, "dtype must be float32.*got torch.int8"),
-        (lambda: KronA(dtype=torch.float8_e4m3fn), TypeError, "dtype must be float32"),
+        (lambda: KronA(dtype=torch.int8), TypeError, "dtype must be torch.float32.*got torch.int8"),
+        (lambda: KronA(dtype=torch.float8_e4m3fn), TypeError, "dtype must be torch.float32"),
         (lambda: KronA(scale=math.nan), ValueError, "scale must be a finite number; got nan"),
         (
             lambda: KronA(per_target={"to_q": {"rank": 3}}),
@@ -175,11 +176,52 @@ def test_rejects_factors_that_do_not_divide():
         (lambda: LoKr(8, 4, math.inf), ValueError, "alpha must be a finite number; got inf"),
         (lambda: LoRA(None), ValueError, "LoRA: rank must be a positive integer; got None"),
         (lambda: factorization(0, 4), ValueError, "got 0, 4"),
+        (lambda: KronA(8), ValueError, r"two positive integers \(N1, K1\); got 8"),
+        (lambda: KronA("64"), ValueError, "two positive integers .* got '64'"),
+        (lambda: KronA(dtype="float32"), TypeError, "dtype must be torch.float32, .* got 'float32'"),
+        (lambda: KronA(scale="x"), TypeError, "KronA: scale must be a finite number; got 'x'"),
+        (lambda: KronA(scale=True), TypeError, "scale must be a finite number; got True"),
+        (lambda: KronA(scale=None), TypeError, "scale must be a finite number; got None"),
+        (lambda: KronA(scale=torch.ones(2)), TypeError, r"scale must be a finite number; got tensor\("),
+        (lambda: LoRA(4, "8"), TypeError, "LoRA: alpha must be a finite number; got '8'"),
+        (lambda: KronA(shuffled=1), TypeError, "shuffled must be True or False; got 1"),
+        (lambda: KronA(init=["lora"]), ValueError, "init must be one of diffusekrona, kaiming"),
+        (lambda: KronA(targets=5), TypeError, "targets must be a tuple of module-name suffixes; got 5"),
+        (lambda: KronA(per_target=["to_q"]), TypeError, r"per_target must map suffixes .* got \['to_q'\]"),
+        (
+            lambda: KronA(per_target={"to_q": 5}),
+            TypeError,
+            "per_target must map each suffix .* got 'to_q': 5",
+        ),
+        (lambda: KronA(per_target={5: LoRA(2)}), TypeError, "per_target must map each suffix .* got 5: "),
     ],
 )
 def test_rejects_bad_fields(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+@pytest.mark.parametrize(
+    ("made", "same"),
+    [
+        (KronA(scale=np.float32(0.5)), KronA(scale=0.5)),
+        (KronA(scale=torch.tensor(0.5)), KronA(scale=0.5)),
+        (KronA(scale=np.array(2)), KronA(scale=2.0)),
+        (KronA((np.int64(8), 4), shuffled=np.bool_(True)), KronA((8, 4), shuffled=True)),
+        (KronA([8, 4], targets=["to_q"]), KronA((8, 4), targets=("to_q",))),
+        (LoRA(np.int64(4), np.float32(8)), LoRA(4, 8.0)),
+        (
+            LoKr(np.int64(4), torch.tensor(2), 1, decompose_both=np.bool_(True)),
+            LoKr(4, 2, 1.0, decompose_both=True),
+        ),
+        (KronA(per_target={"to_q": {"scale": np.float64(2)}}), KronA(per_target={"to_q": {"scale": 2.0}})),
+    ],
+    ids=lambda spec: type(spec).__name__,
+)
+def test_scalars_of_other_libraries_become_plain_ones(made, same):
+    """So that every spec that can be made can be written."""
+    assert made == same
+    assert json.dumps(spec_to_dict(made)) == json.dumps(spec_to_dict(same))
 
 
 def test_defaults():

@@ -1,0 +1,30 @@
+"""Values of a spec's fields as plain Python ones, which JSON takes: NumPy's scalars and 0-d tensors become them."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """The Python value of a NumPy scalar, a 0-d array or a 0-d tensor; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def number(owner: str, name: str, value: Any) -> float:
+    """The value as a finite float. Raises TypeError for what is no number, ValueError for NaN and infinity."""
+    converted = plain(value)
+    if isinstance(converted, bool) or not isinstance(converted, Real):
+        raise TypeError(f"{owner}: {name} must be a finite number; got {value!r}")
+    if not math.isfinite(converted):
+        raise ValueError(f"{owner}: {name} must be a finite number; got {converted!r}")
+    return float(converted)
+
+
+def flag(owner: str, name: str, value: Any) -> bool:
+    """The value as a bool. Raises TypeError for anything else, 0 and 1 included."""
+    converted = plain(value)
+    if not isinstance(converted, bool):
+        raise TypeError(f"{owner}: {name} must be True or False; got {value!r}")
+    return converted
