@@ -39,10 +39,6 @@ def demo(
     figures = run_demo(output, SMOKE if smoke else FULL)
     print_report(figures, console)
     console.print(
-        f"{figures['seconds']:.0f} s on {figures['threads']} threads"
-        f"{', the base model from the cache' if figures['base_was_cached'] else ''}."
-    )
-    console.print(
         "Written: " + ", ".join(str(output / name) for name in (SAMPLES, LOSS, ADAPTER, FIGURES)),
         soft_wrap=True,
     )

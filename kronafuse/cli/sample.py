@@ -28,6 +28,7 @@ def sample(
     resolution: Annotated[
         int | None, typer.Option(min=1, help="Side of the images; the base model's own if absent.")
     ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images denoised at once.")] = 4,
     precision: Annotated[str, typer.Option(help="Of the base model: fp32, fp16 or bf16.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Decides the starting noise.")] = 0,
 ) -> None:
@@ -38,7 +39,7 @@ def sample(
     paths = draw_images(
         base, adapter, prompt, output,
         count=count, steps=steps, guidance=guidance, scale=scale, resolution=resolution, seed=seed,
-        precision=precision,
+        batch_size=batch_size, precision=precision,
     )  # fmt: skip
     for path in paths:
         print(path)

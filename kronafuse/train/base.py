@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .conditioning import CLASS_TOKENS, ClassTokens, Conditioning
+from .reading import reading
 
 
 @dataclass
@@ -61,12 +63,16 @@ class Base:
 
     @torch.no_grad()
     def decode_images(self, latents: Tensor) -> Tensor:
-        """Images in [-1, 1], on the CPU in float32."""
+        """Images in [-1, 1], on the CPU in float32, decoded one by one."""
         if self.vae is not None:
             latents = latents / self.vae.config["scaling_factor"] + (
                 self.vae.config.get("shift_factor") or 0.0
             )
-            latents = self.vae.decode(latents.to(self.vae.dtype)).sample  # type: ignore[union-attr]
+            decoded = [
+                self.vae.decode(each[None].to(self.vae.dtype)).sample.cpu()  # type: ignore[union-attr]
+                for each in latents
+            ]
+            latents = torch.cat(decoded)
         return latents.float().clamp(-1, 1).cpu()
 
     def to(self, device: torch.device) -> Base:
@@ -78,10 +84,13 @@ class Base:
         return self
 
     def save(self, folder: Path) -> None:
-        """Writes a class-conditional base as a diffusers folder with its class tokens."""
+        """Writes a class-conditional base as a diffusers folder with its class tokens; OSError if the disk refuses."""
         if not isinstance(self.conditioning, ClassTokens):
             raise TypeError(f"only a base with class tokens is saved; got {type(self.conditioning).__name__}")
-        self.unet.save_pretrained(folder / "unet")
+        try:
+            self.unet.save_pretrained(folder / "unet")
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"base model {folder} cannot be written: {error}") from error
         self.scheduler.save_pretrained(folder / "scheduler")
         self.conditioning.save(folder)
 
@@ -93,7 +102,8 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
             of `Base.save` or `tokenizer/` and `text_encoder/` (CLIP; for SDXL the same twice, the second with _2)
     dtype:  of U-Net and conditioning; the VAE stays in float32, whose range half precision lacks
 
-    Raises FileNotFoundError (no folder, a part that is missing), ValueError (a part of another kind).
+    Raises FileNotFoundError (no folder, a part that is missing), ValueError (a part of another kind, or one that
+    cannot be read).
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"base model {folder} does not exist or is not a folder")
@@ -108,22 +118,26 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
         )
     if (folder / "text_encoder_2").is_dir() and not (folder / "tokenizer_2").is_dir():
         raise FileNotFoundError(f"base model {folder} has text_encoder_2/ and lacks tokenizer_2/")
-    unet = UNet2DConditionModel.from_pretrained(
-        _part(folder, "unet", "UNet2DConditionModel"), torch_dtype=dtype, local_files_only=True
-    )
+    _check_kind(folder, "unet", "UNet2DConditionModel")
+    with reading(folder / "unet"):
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, local_files_only=True)
     vae = None
     if (folder / "vae").is_dir():
-        vae = AutoencoderKL.from_pretrained(_part(folder, "vae", "AutoencoderKL"), local_files_only=True)
+        _check_kind(folder, "vae", "AutoencoderKL")
+        with reading(folder / "vae"):
+            vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True)
         vae.requires_grad_(False).eval()
-    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    with reading(folder / "scheduler"):
+        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
     assert isinstance(scheduler, DDPMScheduler)
     conditioning = ClassTokens.load(folder, dtype) if with_classes else _text(folder, unet, dtype)
     return Base(unet.requires_grad_(False).eval(), scheduler, conditioning, vae)
 
 
 def sampling_scheduler(base: Base) -> DDIMScheduler:
-    """DDIM on the base's noise schedule."""
-    scheduler = DDIMScheduler.from_config(base.scheduler.config)
+    """DDIM on the base's noise schedule. Latents are never clipped: their range is not that of images."""
+    options = {} if base.vae is None else {"clip_sample": False}
+    scheduler = DDIMScheduler.from_config(base.scheduler.config, **options)
     assert isinstance(scheduler, DDIMScheduler)
     return scheduler
 
@@ -140,8 +154,10 @@ def _text(folder: Path, unet: UNet2DConditionModel, dtype: torch.dtype) -> Condi
     return (TwoEncoders if two else OneEncoder).load(folder, dtype)
 
 
-def _part(folder: Path, name: str, kind: str) -> Path:
-    config: dict[str, Any] = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
-    if config.get("_class_name", kind) != kind:
-        raise ValueError(f"base model {folder}: {name}/ must be a {kind}; it is a {config['_class_name']}")
-    return folder / name
+def _check_kind(folder: Path, name: str, kind: str) -> None:
+    with reading(folder / name / "config.json"):
+        found = json.loads((folder / name / "config.json").read_text(encoding="utf-8")).get(
+            "_class_name", kind
+        )
+    if found != kind:
+        raise ValueError(f"base model {folder}: {name}/ must be a {kind}; it is a {found}")

@@ -2,33 +2,39 @@
 
 adapter.safetensors     the adapter, in kronafuse's own format
 optimizer.safetensors   AdamW's moments, as PARAMETER.NAME
-trainer.json            step, losses, configuration, the loss scaler's state, versions
+trainer.json            step, losses, configuration, the names of the moments, the loss scaler's state, versions
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from .. import formats
+from ..formats.tensors import save_tensors
 from ..models.attach import Attachment
 from ..version import VERSION
 from .config import FREE_ON_RESUME
-from .files import replace_folder
+from .files import replace_folder, write_json
 from .loop import Trainer
+from .moments import check_moments, moments_of, put_moments
 
 ADAPTER = "adapter.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer.json"
 PARTS = (ADAPTER, OPTIMIZER, STATE)
 LATEST = "latest"
+
+KINDS = {"step": int, "config": dict, "losses": list, "moments": list, "scaler": (dict, type(None))}
+"""What `restore` reads from trainer.json."""
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -46,11 +52,7 @@ def save_checkpoint(
     Raises OSError (a full disk and the like) with nothing half-written; earlier checkpoints stay.
     """
     folder = checkpoint_folder(output, trainer.step)
-    moments = {
-        f"{parameter}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for parameter, each in trainer.optimizer.state_dict()["state"].items()
-        for name, value in each.items()
-    }
+    moments = moments_of(trainer.optimizer)
     scaler = trainer.accelerator.scaler
     state = {
         "kronafuse": VERSION,
@@ -58,13 +60,14 @@ def save_checkpoint(
         "step": trainer.step,
         "config": dict(config),
         "scaler": None if scaler is None else scaler.state_dict(),
+        "moments": list(moments),
         "losses": trainer.losses,
     }
     try:
         with replace_folder(folder) as partial:
             formats.save(partial / ADAPTER, attachment)
-            save_file(moments, partial / OPTIMIZER)
-            (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            save_tensors(moments, partial / OPTIMIZER)
+            write_json(partial / STATE, state)
     except OSError as error:
         raise OSError(
             error.errno, f"checkpoint {folder} could not be saved: {error.strerror or error}"
@@ -102,31 +105,54 @@ def restore(folder: Path, trainer: Trainer, attachment: Attachment, config: Mapp
     """Puts a checkpoint into a new trainer: factors, moments, step, losses and loss scaler.
 
     Raises ValueError where a key that decides the losses differs from the checkpoint's, listing both, and for a
-    damaged checkpoint.
+    damaged checkpoint; nothing is changed then.
     """
+    with _damage_named(folder):
+        state = _read_state(folder / STATE)
+    _check_settings(folder, state["config"], json.loads(json.dumps(dict(config))))
+    scaler = trainer.accelerator.scaler
+    with _damage_named(folder):
+        moments = load_file(folder / OPTIMIZER)
+        check_moments(moments, trainer.parameters, state["moments"])
+        if (state["scaler"] or {}).keys() != (scaler.state_dict() if scaler is not None else {}).keys():
+            raise ValueError(f"{STATE} has the state of another loss scaler")
+        attachment.load_state_dict(formats.load(folder / ADAPTER).tensors)
+    put_moments(trainer.optimizer, moments)
+    if scaler is not None and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    trainer.step, trainer.losses = state["step"], state["losses"]
+
+
+@contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / OPTIMIZER)
+        yield
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"checkpoint {folder} is damaged: {error}") from error
-    _check_settings(folder, state["config"], json.loads(json.dumps(dict(config))))
-    attachment.load_state_dict(formats.load(folder / ADAPTER).tensors)
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        parameter, name = key.split(".", 1)
-        moments.setdefault(int(parameter), {})[name] = value
-    groups = trainer.optimizer.state_dict()["param_groups"]
-    trainer.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    if trainer.accelerator.scaler is not None and state["scaler"] is not None:
-        trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    trainer.step, trainer.losses = state["step"], list(state["losses"])
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"{path.name} must be an object with {', '.join(KINDS)}; it is {type(state).__name__}"
+        )
+    wrong = [key for key, kind in KINDS.items() if key not in state or not isinstance(state[key], kind)]
+    if wrong:
+        raise ValueError(f"{path.name} has no {', '.join(wrong)}, or another kind of value there")
+    losses = state["losses"]
+    if len(losses) != state["step"] or not all(isinstance(loss, float) for loss in losses):
+        raise ValueError(
+            f"{path.name} must have a loss for each of {state['step']} steps; it has {len(losses)}"
+        )
+    return state
 
 
 def _check_settings(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    free = FREE_ON_RESUME - ({"steps"} if saved["decay"] == "cosine" else set())
+    free = FREE_ON_RESUME - ({"steps"} if saved.get("decay") == "cosine" else set())
     differing = [key for key in {**saved, **now} if key not in free and saved.get(key) != now.get(key)]
     if differing:
         pairs = "\n".join(
             f"    {key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} now" for key in differing
         )
-        raise ValueError(f"checkpoint {folder} was trained with other settings:\n{pairs}")
+        raise ValueError(f"checkpoint {folder} was trained with other settings or data:\n{pairs}")

@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ..formats.tensors import save_tensors
+from .files import write_json
 from .rng import generator_for
 
 UNCONDITIONAL = ""
@@ -72,14 +74,16 @@ class ClassTokens:
         self.table = self.table.to(device)
 
     def save(self, folder: Path) -> None:
-        save_file({"tokens": self.table.float().cpu().contiguous()}, folder / CLASS_TOKENS)
-        (folder / CLASS_NAMES).write_text(json.dumps(self.names), encoding="utf-8")
+        """Writes the table in float32 and the names; OSError where the disk refuses."""
+        save_tensors({"tokens": self.table.float().cpu()}, folder / CLASS_TOKENS)
+        write_json(folder / CLASS_NAMES, self.names)
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> ClassTokens:
         try:
             names = json.loads((folder / CLASS_NAMES).read_text(encoding="utf-8"))
-            table = load_file(folder / CLASS_TOKENS)["tokens"]
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"{CLASS_NAMES} must be a list of names; got {names!r}")
+            return cls(names, load_file(folder / CLASS_TOKENS)["tokens"].to(dtype))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ValueError(f"class tokens of base model {folder} cannot be read: {error}") from error
-        return cls(names, table.to(dtype))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .images import to_pixels
+from .images import flatten, to_pixels
 from .rng import generator_for
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
@@ -68,13 +71,14 @@ class ImageFolder:
     caption:    condition of images that have none of their own
 
     Raises FileNotFoundError (no folder, a listed file that is absent), PermissionError (a folder that may not be
-    read), ValueError (no images, an image that cannot be read or has no condition); decodes every image to know.
+    read), ValueError (no images, images in deeper folders, an image that cannot be read or has no condition, an
+    empty caption, a text that is not UTF-8); decodes every image to know.
     """
 
     def __init__(self, folder: Path, resolution: int, channels: int, caption: str | None = None) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(f"image folder {folder} does not exist or is not a folder")
-        self.resolution, self.channels = resolution, channels
+        self.folder, self.resolution, self.channels = folder, resolution, channels
         try:
             table = _metadata(folder)
             self.paths = [folder / name for name in table] if table else _images(folder)
@@ -93,6 +97,13 @@ class ImageFolder:
             list(table.values()) if table else [_condition(folder, path, caption) for path in self.paths]
         )
         self.conditions = sorted(set(self._each))
+
+    @property
+    def identity(self) -> str:
+        """The number of images and a digest of their names and conditions, equal for equal training sets."""
+        names = [Path(os.path.relpath(path, self.folder)).as_posix() for path in self.paths]
+        digest = hashlib.sha256(json.dumps([names, self._each]).encode()).hexdigest()[:12]
+        return f"{len(self)} images, {digest}"
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -140,18 +151,29 @@ def _images(folder: Path) -> list[Path]:
         folder,
         *sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")),
     ]
-    return [
-        path
-        for each in inside
-        for path in sorted(each.iterdir())
-        if path.suffix.lower() in EXTENSIONS and path.is_file() and not path.name.startswith(".")
-    ]
+    found = [path for each in inside for path in sorted(each.iterdir()) if _is_image(path)]
+    deeper = sorted({
+        str(path.parent.relative_to(folder))
+        for each in inside[1:]
+        for path in each.glob("*/**/*")
+        if _is_image(path) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    })  # fmt: skip
+    if deeper:
+        raise ValueError(
+            f"image folder {folder} has images deeper than one folder of each class, in {', '.join(deeper[:8])}"
+            f"{', ...' if len(deeper) > 8 else ''}; move them up, or list them in {METADATA[0]}"
+        )
+    return found
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and path.is_file() and not path.name.startswith(".")
 
 
 def _read(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).copy()
+            return flatten(ImageOps.exif_transpose(image), image.format).copy()
     except FileNotFoundError:
         raise FileNotFoundError(f"image {path} does not exist") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -161,7 +183,7 @@ def _read(path: Path) -> Image.Image:
 def _condition(folder: Path, path: Path, caption: str | None) -> str:
     beside = path.with_suffix(".txt")
     if beside.is_file():
-        return beside.read_text(encoding="utf-8").strip()
+        return _caption(beside, _text(beside))
     label = path.parent.name if path.parent != folder else None
     if caption is not None and (LABEL not in caption or label is not None):
         return caption.replace(LABEL, label or "")
@@ -178,15 +200,34 @@ def _metadata(folder: Path) -> dict[str, str]:
     present = [folder / name for name in METADATA if (folder / name).is_file()]
     if not present:
         return {}
-    text = present[0].read_text(encoding="utf-8")
+    path, text = present[0], _text(present[0])
     try:
-        if present[0].suffix == ".csv":
-            rows = list(csv.DictReader(text.splitlines()))
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        table = {str(row["file_name"]): str(row["text"]) for row in rows}
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        pairs = [(row["file_name"], row["text"]) for row in rows]
     except (json.JSONDecodeError, KeyError, TypeError, csv.Error) as error:
-        raise ValueError(f"{present[0]}: every row needs file_name and text; {error!r}") from error
-    if not table:
-        raise ValueError(f"{present[0]} lists no images")
+        raise ValueError(f"{path}: every row needs file_name and text; {error!r}") from error
+    if not pairs:
+        raise ValueError(f"{path} lists no images")
+    if any(not isinstance(each, str) for pair in pairs for each in pair):
+        raise ValueError(f"{path}: file_name and text of every row must be text")
+    table = {name: _caption(f"{path}, {name}", caption) for name, caption in pairs}
+    if len(table) < len(pairs):
+        raise ValueError(f"{path} lists an image more than once")
     return table
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}; save it as UTF-8") from error
+
+
+def _caption(where: Path | str, text: str) -> str:
+    caption = text.strip()
+    if not caption:
+        raise ValueError(f"{where}: the caption is empty; write one, or take the image out")
+    return caption

@@ -9,7 +9,9 @@ import torch
 
 from .adapter import attach_file
 from .base import load_base
+from .files import prepare_output
 from .images import grid, save_each, save_png
+from .options import hold
 from .sampling import sample
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -22,6 +24,7 @@ def draw_images(
     output: Path,
     *,
     count: int,
+    batch_size: int,
     steps: int,
     guidance: float,
     seed: int,
@@ -31,24 +34,32 @@ def draw_images(
 ) -> list[Path]:
     """Writes `count` images for each condition and returns their paths.
 
-    scale:     multiplies the adapter's delta, instead of the scale in its file
-    precision: of the base model
-    output:    a path that ends in .png for one grid with a row for each condition, otherwise a folder, in which
-               image J of condition I is I-J.png, both counted from 0
+    scale:      multiplies the adapter's delta, instead of the scale in its file
+    batch_size: images denoised at once
+    precision:  of the base model
+    output:     a path that ends in .png for one grid with a row for each condition, otherwise a folder, in which
+                image J of condition I is I-J.png, both counted from 0
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-    model = load_base(base, PRECISIONS[precision])
     if adapter is None and scale is not None:
         raise ValueError(f"scale multiplies an adapter's delta; got scale {scale} without an adapter file")
+    for name, value in (("scale", scale), ("guidance", guidance)):
+        hold(name, value, {})
+    in_one_file = output.suffix.lower() == ".png"
+    prepare_output(output.parent if in_one_file else output)
+    model = load_base(base, PRECISIONS[precision])
     if adapter is not None:
         attachment = attach_file(model, adapter)
         if scale is not None:
             attachment.scale = scale
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     each = [condition for condition in conditions for _ in range(count)]
-    images = sample(model, each, steps=steps, guidance=guidance, seed=seed, resolution=resolution)
-    if output.suffix.lower() == ".png":
+    images = sample(
+        model, each,
+        steps=steps, guidance=guidance, seed=seed, batch_size=batch_size, resolution=resolution,
+    )  # fmt: skip
+    if in_one_file:
         save_png(output, grid(images, count, zoom=max(1, 64 // images.shape[-1])))
         return [output]
     names = [f"{row}-{column}" for row in range(len(conditions)) for column in range(count)]

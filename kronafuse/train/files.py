@@ -1,59 +1,57 @@
-"""Files and folders that are whole or absent: written beside their place and renamed into it."""
+"""Output folders, and folders that are whole or absent: written beside their place and renamed into it."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PARTIAL_SUFFIX = ".partial"
-"""Ends the name of everything that is still being written."""
+from ..formats.atomic import name_beside, remove_stale, written_beside
 
 REPLACED_SUFFIX = ".replaced"
 """Ends the name of a folder while its successor takes its place."""
 
 
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}{suffix}")
-
-
-@contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
-    """Yields a path to write to; it becomes `path` when the block ends, and is removed when it raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _beside(path, PARTIAL_SUFFIX)
+def prepare_output(folder: Path) -> None:
+    """Makes the folder and writes a file to it that is gone again; OSError that names a folder that refuses."""
     try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".") as probe:
+            probe.write(b"kronafuse")
+            probe.flush()
+    except OSError as error:
+        raise OSError(
+            error.errno, f"output folder {folder} cannot be written to: {error.strerror or error}"
+        ) from error
 
 
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder; it becomes `path` when the block ends, and is removed when the block raises.
 
-    A folder that was there before stays whole until then, and comes back if the rename fails.
+    A folder that was there before stays whole until then, and comes back if anything stops the renames.
     """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, replaced = _beside(path, PARTIAL_SUFFIX), _beside(path, REPLACED_SUFFIX)
+    remove_stale(path)
+    partial, replaced = name_beside(path), path.with_name(f".{path.name}{REPLACED_SUFFIX}")
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
         if path.exists():
             os.replace(path, replaced)
-        try:
-            os.replace(partial, path)
-        except BaseException:
-            if replaced.exists():
-                os.replace(replaced, path)
-            raise
+        os.replace(partial, path)
     finally:
+        if replaced.exists() and not path.exists():
+            os.replace(replaced, path)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
 
@@ -61,5 +59,5 @@ def replace_folder(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with replace_file(path) as partial:
+    with written_beside(path) as partial:
         partial.write_text(text, encoding="utf-8")

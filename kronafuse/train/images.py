@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .files import replace_file
+from ..formats.atomic import written_beside
 
 MODES = {1: "L", 3: "RGB"}
 """PIL's image mode for each number of channels."""
@@ -22,6 +22,23 @@ def image_mode(channels: int) -> str:
     if channels not in MODES:
         raise ValueError(f"images must have 1 or 3 channels; got {channels}")
     return MODES[channels]
+
+
+def flatten(image: Image.Image, format: str | None) -> Image.Image:
+    """An image of 8 bits a channel without transparency: 16 bits are scaled, what shines through is white.
+
+    format: of the file; the 32-bit numbers that PIL reads from a PNG have 16 bits
+
+    Raises ValueError for pixels whose white nobody knows.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and format == "PNG"):
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are 32-bit numbers (mode {image.mode!r}); save it with 8 or 16 bits")
+    if image.getbands()[-1] in ("A", "a") or "transparency" in image.info:
+        colours = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+    return image
 
 
 def to_pixels(image: Image.Image, resolution: int, channels: int) -> Tensor:
@@ -42,7 +59,7 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 def save_png(path: Path, image: Image.Image) -> None:
     """A PNG file, whole or not at all."""
-    with replace_file(path) as partial:
+    with written_beside(path) as partial:
         image.save(partial, format="PNG")
 
 

@@ -35,10 +35,16 @@ def learning_rate_factor(step: int, settings: LoopSettings) -> float:
 
 
 def new_accelerator(settings: LoopSettings) -> Accelerator:
-    """Accelerate's view of this process: device, precision, the processes beside it."""
-    return Accelerator(
+    """Accelerate's view of this process: device, precision, the processes beside it.
+
+    Raises ValueError for fp16 on a CPU, which accelerate leaves without autocast and loss scaler.
+    """
+    accelerator = Accelerator(
         mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.accumulation
     )
+    if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision 'fp16' needs a GPU, and this is a CPU; use bf16 or no")
+    return accelerator
 
 
 class Trainer:
@@ -92,7 +98,16 @@ class Trainer:
                 progress.update()
                 if on_step is not None:
                     on_step(self)
+        self.check_finite()
         return self.losses
+
+    def check_finite(self) -> None:
+        """FloatingPointError where a trained parameter is no finite number, so that it is not saved."""
+        largest = nn.utils.get_total_norm([parameter.detach() for parameter in self.parameters], math.inf)
+        if not largest.isfinite():
+            raise FloatingPointError(
+                f"the parameters are not finite after step {self.step}: {self._advice()}"
+            )
 
     def take_step(self, batches: Iterator[Batch]) -> float:
         """One optimizer step: `accumulation` forward and backward passes, clipping, AdamW; returns the loss.
@@ -116,10 +131,7 @@ class Trainer:
         self.step += 1
         loss = self.over_processes(float(total) / self.settings.accumulation)
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {self.step}: the learning rate {self.settings.learning_rate} is too high,"
-                f" or mixed precision {self.settings.mixed_precision!r} overflows"
-            )
+            raise FloatingPointError(f"the loss is {loss} at step {self.step}: {self._advice()}")
         self.losses.append(loss)
         return loss
 
@@ -130,6 +142,12 @@ class Trainer:
         mean = self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), reduction="mean")
         assert isinstance(mean, Tensor)
         return float(mean)
+
+    def _advice(self) -> str:
+        return (
+            f"the learning rate {self.settings.learning_rate} is too high,"
+            f" or mixed precision {self.settings.mixed_precision!r} overflows"
+        )
 
     def _gradients_stay_here(self) -> AbstractContextManager[None]:
         return self.accelerator.no_sync(self.unet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 import types
 from collections.abc import Mapping
@@ -55,7 +56,7 @@ def build(kind: type[Options], values: Mapping[str, Any]) -> Options:
     hints = get_type_hints(kind)
     converted = {name: convert(name, hints[name], value) for name, value in values.items()}
     for name, value in converted.items():
-        _hold(name, value, known[name].metadata)
+        hold(name, value, known[name].metadata)
     return kind(**converted)
 
 
@@ -97,9 +98,12 @@ def _tuple(name: str, hint: Any, value: Any) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _hold(name: str, value: Any, rules: Mapping[str, Any]) -> None:
+def hold(name: str, value: Any, rules: Mapping[str, Any]) -> None:
+    """ValueError for a number that is not finite, or a value outside a field's rules; None is none."""
     if value is None:
         return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value!r}")
     if "choices" in rules and value not in rules["choices"]:
         raise ValueError(f"{name} must be one of {', '.join(rules['choices'])}; got {value!r}")
     if "least" in rules and not value >= rules["least"]:

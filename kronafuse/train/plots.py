@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .files import replace_file
+from ..formats.atomic import written_beside
 
 
 def save_loss_curves(path: Path, curves: Mapping[str, Sequence[float]], *, window: int = 20) -> None:
@@ -26,5 +26,5 @@ def save_loss_curves(path: Path, curves: Mapping[str, Sequence[float]], *, windo
             axes.plot(np.arange(window, len(values) + 1), mean, label=f"mean of {window}")
         axes.set(title=title, xlabel="step", ylabel="loss")
         axes.legend()
-    with replace_file(path) as partial:
+    with written_beside(path) as partial:
         figure.savefig(partial, format="png", dpi=120)

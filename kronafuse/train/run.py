@@ -17,7 +17,7 @@ from .base import Base, load_base
 from .checkpoint import ADAPTER, LATEST, checkpoints, find_checkpoint, restore, save_checkpoint
 from .config import TrainConfig
 from .data import ImageFolder
-from .files import write_json
+from .files import prepare_output, write_json
 from .images import grid, save_png
 from .interrupt import Interrupted, InterruptFlag
 from .loop import Trainer, new_accelerator
@@ -46,6 +46,8 @@ def train(config: TrainConfig) -> Path:
             f"output folder {config.output} has checkpoints of a run before; go on with resume = {LATEST!r} or give"
             " another output folder"
         )
+    prepare_output(config.output)
+    accelerator = new_accelerator(config)
     base = load_base(config.base, DTYPES[config.mixed_precision])
     resolution = config.resolution or base.resolution
     base.check_resolution(resolution)
@@ -53,14 +55,13 @@ def train(config: TrainConfig) -> Path:
     validation = list(config.validation or examples.conditions[:VALIDATED])
     base.conditioning.check(validation)
 
-    accelerator = new_accelerator(config)
     base.to(accelerator.device)
     torch.manual_seed(config.seed)
     attachment = attach(base.unet, spec)
     if config.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     trainer = Trainer(base, list(attachment.parameters()), examples, config, accelerator)
-    values = configuration(config)
+    values = {**configuration(config), "images": examples.identity}
     if config.resume is not None:
         restore(find_checkpoint(config.output, config.resume), trainer, attachment, values)
 
@@ -69,8 +70,10 @@ def train(config: TrainConfig) -> Path:
         def on_step(trainer: Trainer) -> None:
             finished, stop = trainer.step >= config.steps, _anywhere(trainer, interrupt)
             due = config.checkpoint_every and trainer.step % config.checkpoint_every == 0
-            if accelerator.is_main_process and (due or finished or stop):
-                save_checkpoint(config.output, trainer, attachment, values)
+            if due or finished or stop:
+                trainer.check_finite()
+                if accelerator.is_main_process:
+                    save_checkpoint(config.output, trainer, attachment, values)
             if stop and not finished:
                 raise Interrupted(f"stopped after step {trainer.step}; go on with --resume latest")
             if (
@@ -106,15 +109,16 @@ def draw_validation(
         guidance=config.guidance,
         seed=config.seed,
         resolution=resolution,
+        batch_size=config.batch_size,
     )
     path = config.output / "validation" / f"step-{step:06d}.png"
+    path.parent.mkdir(exist_ok=True)
     save_png(path, grid(images, config.validation_count, zoom=max(1, 64 // resolution)))
     return path
 
 
 def write_results(output: Path, attachment: Attachment, losses: list[float]) -> None:
     """The adapter file, the losses and their curve."""
-    output.mkdir(parents=True, exist_ok=True)
     formats.save(output / ADAPTER, attachment)
     write_json(output / LOSSES, losses)
     save_loss_curves(output / CURVE, {"noise prediction": losses})

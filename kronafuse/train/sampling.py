@@ -20,13 +20,14 @@ def sample(
     steps: int,
     guidance: float,
     seed: int,
+    batch_size: int,
     resolution: int | None = None,
-    batch_size: int = 256,
 ) -> Tensor:
     """DDIM images (count, channels, height, width) in [-1, 1], one for each condition, on the CPU.
 
-    guidance: ε = ε(∅) + guidance·(ε(c) − ε(∅)); 1 evaluates the conditional model alone
-    seed:     image i starts from noise that depends on seed and i alone
+    guidance:   ε = ε(∅) + guidance·(ε(c) − ε(∅)); 1 evaluates the conditional model alone
+    seed:       image i starts from noise that depends on seed and i alone
+    batch_size: images denoised at once; with guidance the model sees twice as many
 
     Source: Song et al. 2021, arXiv 2010.02502; Ho and Salimans 2022, arXiv 2207.12598.
     """

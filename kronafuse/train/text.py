@@ -12,6 +12,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .conditioning import UNCONDITIONAL
+from .reading import reading
+
+ZERO_KEY = "force_zeros_for_empty_prompt"
+"""The key of `model_index.json` that says whether the unconditional caption is zeros; it is, if absent."""
 
 
 class OneEncoder:
@@ -33,8 +37,7 @@ class OneEncoder:
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> OneEncoder:
-        encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, local_files_only=True)
-        return cls(_tokenizer(folder / "tokenizer"), encoder)
+        return cls(*_pair(folder, "", CLIPTextModel, dtype))
 
 
 class TwoEncoders:
@@ -84,15 +87,13 @@ class TwoEncoders:
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> TwoEncoders:
-        parts = []
-        for suffix, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
-            encoder = kind.from_pretrained(
-                folder / f"text_encoder{suffix}", dtype=dtype, local_files_only=True
-            )
-            parts.append((_tokenizer(folder / f"tokenizer{suffix}"), encoder))
-        index = folder / "model_index.json"
-        pipeline = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-        return cls(parts, bool(pipeline.get("force_zeros_for_empty_prompt", True)))
+        kinds = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}
+        parts = [_pair(folder, suffix, kind, dtype) for suffix, kind in kinds.items()]
+        index, zero = folder / "model_index.json", True
+        if index.is_file():
+            with reading(index):
+                zero = bool(json.loads(index.read_text(encoding="utf-8")).get(ZERO_KEY, True))
+        return cls(parts, zero)
 
 
 def token_ids(tokenizer: Any, encoder: Any, captions: Sequence[str]) -> Tensor:
@@ -104,5 +105,9 @@ def token_ids(tokenizer: Any, encoder: Any, captions: Sequence[str]) -> Tensor:
     return tokens.input_ids.to(encoder.device)
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+def _pair(folder: Path, suffix: str, kind: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    with reading(folder / f"tokenizer{suffix}"):
+        tokenizer = CLIPTokenizer.from_pretrained(folder / f"tokenizer{suffix}", local_files_only=True)
+    with reading(folder / f"text_encoder{suffix}"):
+        encoder = kind.from_pretrained(folder / f"text_encoder{suffix}", dtype=dtype, local_files_only=True)
+    return tokenizer, encoder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,31 @@ def test_demo_again_takes_the_cached_base_and_says_that_peft_is_missing(
     assert json.loads((demo_folder / "figures.json").read_text())["base_was_cached"] is True
 
 
+def test_demo_with_a_damaged_cache_names_the_folder(demo_folder: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / base.name)
+    (tmp_path / base.name / "losses.json").unlink()
+    result = invoke("demo", "--smoke", "--output", tmp_path)
+    assert result.exit_code == 2
+    assert f"the cached base model {tmp_path / base.name} cannot be used: " in result.stderr
+    assert "delete that folder, and the demo trains it again" in result.stderr
+
+
+def test_demo_prints_its_duration_beside_the_limit(
+    demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kronafuse.train.digits import demo
+
+    figures = json.loads((demo_folder / "figures.json").read_text()) | {"base_was_cached": False}
+    monkeypatch.setattr(demo, "run_demo", lambda *_: figures)
+    for seconds, slow in ((480, False), (481, True)):
+        figures["seconds"] = float(seconds)
+        result = invoke("demo", "--output", demo_folder)
+        assert result.exit_code == 0
+        row = next(line for line in result.stdout.splitlines() if "trained" in line)
+        assert [each.strip() for each in row.strip("│").split("│")][:2] == [str(seconds), "480"]
+        assert ("Slower than its limit: 481 s, and 480 s on 2 cores are allowed" in result.stdout) is slow
+
+
 def test_demo_that_misses_its_targets_fails(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kronafuse.train.digits import demo
 
@@ -184,7 +210,7 @@ def test_train_and_sample(base: Path, digits_folder: Path, tmp_path: Path) -> No
     assert list(checkpoints(output)) == [2]
     result = invoke(
         "sample", "8", "9", "--base", base, "--adapter", output / "adapter.safetensors", "--steps", 2,
-        "--count", 2, "--output", tmp_path / "drawn",
+        "--count", 2, "--batch-size", 3, "--output", tmp_path / "drawn",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert sorted(each.name for each in (tmp_path / "drawn").iterdir()) == [
@@ -229,7 +255,10 @@ def test_ctrl_c_exits_with_130(
         ),
     ],
 )
-def test_user_errors_are_one_line(arguments: list[str], message: str) -> None:
+def test_user_errors_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert result.stderr == message
@@ -272,4 +301,4 @@ def test_adapter_of_another_model(demo_folder: Path, base: Path, tmp_path: Path)
     )
     assert result.exit_code == 2
     assert "other." in result.stderr
-    assert not (tmp_path / "o").exists()
+    assert not list((tmp_path / "o").iterdir())

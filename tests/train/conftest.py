@@ -1,9 +1,11 @@
-"""Tiny base models and image folders, made on the spot."""
+"""Tiny base models, image folders and configurations, made on the spot."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from kronafuse.train.base import Base
 from kronafuse.train.conditioning import ClassTokens
+from kronafuse.train.config import TrainConfig
+from kronafuse.train.options import build
+from kronafuse.train.run import LOSSES
 from PIL import Image
 
 CLASSES = ("cat", "dog")
@@ -134,6 +139,25 @@ def write_image() -> Callable[..., Path]:
 
 
 @pytest.fixture
+def file_limit() -> Callable[[int], AbstractContextManager[None]]:
+    """`with file_limit(bytes):` the system refuses larger files, as a full disk does."""
+    if sys.platform == "win32":
+        pytest.skip("resource limits are POSIX's")
+    import resource
+
+    @contextmanager
+    def limited(size_bytes: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
+
+
+@pytest.fixture
 def class_folder(tmp_path: Path) -> Path:
     """Three images of each class."""
     folder = tmp_path / "images"
@@ -150,3 +174,33 @@ def captioned_folder(tmp_path: Path) -> Path:
     for column, caption in enumerate(("a red cat", "a dog", "nothing")):
         _write_image(folder / f"{column}.png", column, side=20).with_suffix(".txt").write_text(caption + "\n")
     return folder
+
+
+@pytest.fixture
+def configure(class_base: Path, class_folder: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """A configuration of four steps in `tmp_path / "out"`, and what differs from it."""
+
+    def make(**values: Any) -> TrainConfig:
+        standard = {
+            "base": class_base,
+            "data": class_folder,
+            "output": tmp_path / "out",
+            "factors": (4, 2),
+            "steps": 4,
+            "batch_size": 2,
+            "learning_rate": 1e-2,
+            "warmup": 2,
+            "condition_dropout": 0.3,
+            "flip": True,
+            "checkpoint_every": 2,
+            "sampling_steps": 2,
+        }
+        return build(TrainConfig, standard | values)
+
+    return make
+
+
+@pytest.fixture
+def losses_of() -> Callable[[TrainConfig], list[float]]:
+    """The losses that a run wrote."""
+    return lambda config: json.loads((config.output / LOSSES).read_text())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from kronafuse.train.data import ImageFolder, StepBatches, TensorExamples, collate
@@ -43,6 +44,34 @@ def test_photographs_stand_upright(tmp_path: Path) -> None:
     assert pixels[0, :, 4:].eq(1).all()
 
 
+def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
+    levels = np.repeat(np.array([[0, 0x8080, 0xFFFF, 0]], dtype=np.uint16), 4, axis=0)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    pixels, _ = ImageFolder(tmp_path, 4, 3, caption="x")[0]
+    torch.testing.assert_close(pixels[:, 0], torch.tensor([[-1, 128 / 127.5 - 1, 1, -1]]).expand(3, 4))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_over_white(tmp_path: Path, mode: str) -> None:
+    """Black that is hidden in the upper half, and black that is seen in the lower."""
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 4, 8, 8))
+    image.convert(mode).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as saved:
+        assert saved.mode == mode
+    for channels in (1, 3):
+        pixels, _ = ImageFolder(tmp_path, 8, channels, caption="x")[0]
+        assert pixels[:, :4].eq(1).all()
+        assert pixels[:, 4:].eq(-1).all()
+
+
+@pytest.mark.parametrize("kind", ["float32", "int32"])
+def test_rejects_pixels_without_a_known_white(tmp_path: Path, kind: str) -> None:
+    Image.fromarray(np.ones((8, 8), dtype=kind)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"image .*a\.tif cannot be read: its pixels are 32-bit numbers"):
+        ImageFolder(tmp_path, 8, 1, caption="x")
+
+
 def test_caption_with_the_class(class_folder: Path) -> None:
     examples = ImageFolder(class_folder, 8, 3, caption="a photo of a {label}")
     assert list(examples.conditions) == ["a photo of a cat", "a photo of a dog"]
@@ -70,6 +99,63 @@ def test_metadata(tmp_path: Path, write_image: Write, name: str) -> None:
     (tmp_path / name).write_text(text)
     examples = ImageFolder(tmp_path, 8, 3)
     assert [examples[i][1] for i in range(len(examples))] == ["first, of two", "second"]
+
+
+def test_metadata_of_a_spreadsheet(tmp_path: Path, write_image: Write) -> None:
+    """A byte order mark, lines that end in CR LF, a caption of two lines."""
+    for each in ("a.png", "b.png"):
+        write_image(tmp_path / each, 0)
+    text = '\ufefffile_name,text\r\na.png,"a cat\non a mat"\r\nb.png,b\r\n'
+    (tmp_path / "metadata.csv").write_bytes(text.encode())
+    assert list(ImageFolder(tmp_path, 8, 3).conditions) == ["a cat\non a mat", "b"]
+
+
+def test_caption_file_of_an_editor_with_byte_order_marks(captioned_folder: Path) -> None:
+    (captioned_folder / "1.txt").write_bytes("\ufeffa dög\r\n".encode())
+    assert ImageFolder(captioned_folder, 8, 3)[1][1] == "a dög"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("1.txt", b"caf\xe9", r"1\.txt is not UTF-8"),
+        ("1.txt", b" \n", r"1\.txt: the caption is empty"),
+        ("metadata.csv", b"file_name,text\n0.png,caf\xe9\n", r"metadata\.csv is not UTF-8"),
+        ("metadata.csv", b"file_name,text\n0.png,\n", r"metadata\.csv, 0\.png: the caption is empty"),
+        ("metadata.csv", b"file_name,text\n0.png\n", r"metadata\.csv: file_name and text .* must be text"),
+        (
+            "metadata.csv",
+            b"file_name,text\n0.png,a\n0.png,b\n",
+            r"metadata\.csv lists an image more than once",
+        ),
+        ("metadata.jsonl", b'{"file_name": "0.png", "text": null}\n', r"metadata\.jsonl: .* must be text"),
+    ],
+)
+def test_rejects_captions(captioned_folder: Path, name: str, content: bytes, message: str) -> None:
+    (captioned_folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        ImageFolder(captioned_folder, 8, 3)
+
+
+def test_rejects_images_in_deeper_folders(class_folder: Path, write_image: Write) -> None:
+    write_image(class_folder / "cat" / ".cache" / "hidden.png", 0)
+    assert len(ImageFolder(class_folder, 8, 3)) == 6
+    for place in ("left/1.png", "left/2.png", "right/far/3.png"):
+        write_image(class_folder / "cat" / place, 0)
+    with pytest.raises(
+        ValueError, match=r"deeper than one folder of each class, in cat/left, cat/right/far;"
+    ):
+        ImageFolder(class_folder, 8, 3)
+
+
+def test_identity_is_that_of_names_and_conditions(class_folder: Path, write_image: Write) -> None:
+    first = ImageFolder(class_folder, 8, 3).identity
+    assert first.startswith("6 images, ")
+    moved = class_folder.rename(class_folder.with_name("moved"))
+    assert ImageFolder(moved, 8, 3).identity == first
+    assert ImageFolder(moved, 8, 3, caption="x").identity != first
+    write_image(moved / "cat" / "more.png", 0)
+    assert ImageFolder(moved, 8, 3).identity.startswith("7 images, ")
 
 
 def test_rejects_missing_folder(tmp_path: Path) -> None:

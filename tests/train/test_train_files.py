@@ -1,33 +1,23 @@
-"""Files and folders are whole or absent, whatever interrupts the writing."""
+"""Folders are whole or absent, whatever interrupts the writing; an output that refuses is named at once."""
 
 from __future__ import annotations
 
 import errno
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from kronafuse.train.files import replace_file, replace_folder, write_json
+from kronafuse.train.files import prepare_output, replace_folder, write_json
 
 FAILURES = [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
 
 
 def break_off(writing: AbstractContextManager[Path], failure: BaseException) -> None:
-    """Writes a part of a file, or of a file in a folder, and fails."""
+    """Writes a part of a file in a folder and fails."""
     with writing as partial:
-        (partial / "a" if partial.is_dir() else partial).write_text("sec")
+        (partial / "a").write_text("sec")
         raise failure
-
-
-@pytest.mark.parametrize("failure", FAILURES, ids=["full_disk", "ctrl_c"])
-def test_file_stays_whole(tmp_path: Path, failure: BaseException) -> None:
-    path = tmp_path / "new" / "file"
-    with replace_file(path) as partial:
-        partial.write_text("first")
-    with pytest.raises(type(failure)):
-        break_off(replace_file(path), failure)
-    assert path.read_text() == "first"
-    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=["full_disk", "ctrl_c"])
@@ -48,6 +38,50 @@ def test_folder_is_replaced_whole(tmp_path: Path) -> None:
             (partial / name).write_text(name)
     assert [each.name for each in path.iterdir()] == ["b"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_ctrl_c_between_the_renames_leaves_a_whole_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Right after the old folder is put aside, and right after the new one took its place."""
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "a").write_text("first")
+    rename, calls = os.replace, []
+
+    def interrupted(source: Path, target: Path) -> None:
+        rename(source, target)
+        calls.append(target)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), replace_folder(path) as partial:
+        partial.joinpath("a").write_text("second")
+    assert (path / "a").read_text() == ("first" if stop == 1 else "second")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for name in ("folder", f".folder.{2**22 + 1}.partial", ".folder.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text("left")
+    with replace_folder(path) as partial:
+        (partial / "a").write_text("new")
+    assert (path / "a").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_output_that_refuses_is_named(tmp_path: Path) -> None:
+    prepare_output(tmp_path / "new" / "output")
+    assert list((tmp_path / "new" / "output").iterdir()) == []
+    (tmp_path / "file").write_text("here already")
+    with pytest.raises(OSError, match=r"output folder .*file cannot be written to: File exists"):
+        prepare_output(tmp_path / "file")
+    with pytest.raises(OSError, match=r"output folder .*below cannot be written to: Not a directory"):
+        prepare_output(tmp_path / "file" / "below")
 
 
 def test_json_that_cannot_be_written_leaves_the_old(tmp_path: Path) -> None:

@@ -119,6 +119,28 @@ def test_flip_mirrors_some_images(class_base: Path, monkeypatch: pytest.MonkeyPa
     assert mirrored
 
 
+def test_rejects_half_precision_on_a_cpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("accelerate takes the GPU")
+    with pytest.raises(
+        ValueError, match="mixed_precision 'fp16' needs a GPU, and this is a CPU; use bf16 or no"
+    ):
+        new_accelerator(dataclasses.replace(SETTINGS, mixed_precision="fp16"))
+
+
+def test_parameters_that_are_no_numbers_end_the_run(class_base: Path) -> None:
+    """The last step can break them after its loss was still finite."""
+
+    def spoil(trainer: Trainer) -> None:
+        if trainer.step == SETTINGS.steps:
+            trainer.parameters[0].data.view(-1)[0] = float("nan")
+
+    with pytest.raises(
+        FloatingPointError, match=r"parameters are not finite after step 3: the learning rate"
+    ):
+        trainer_of(class_base, SETTINGS).run(spoil)
+
+
 def test_rejects_examples_of_unknown_classes(class_base: Path) -> None:
     base = load_base(class_base)
     foreign = TensorExamples(torch.zeros(1, 1, 8, 8), ["bird"])

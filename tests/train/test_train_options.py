@@ -53,6 +53,9 @@ def test_rejects_missing_keys() -> None:
         ("targets", "", "targets must be a list of names; got"),
         ("decay", "linear", "decay must be one of constant, cosine; got 'linear'"),
         ("mixed_precision", "fp8", "mixed_precision must be one of no, fp16, bf16; got 'fp8'"),
+        ("learning_rate", float("inf"), "learning_rate must be finite; got inf"),
+        ("scale", float("nan"), "scale must be finite; got nan"),
+        ("alpha", float("inf"), "alpha must be finite; got inf"),
         ("condition_dropout", 1.5, "condition_dropout must be at most 1; got 1.5"),
     ],
 )

@@ -1,11 +1,8 @@
-"""`kronafuse train` from configuration to files: resume, Ctrl-C, full disks, both kinds of base model."""
+"""`kronafuse train` from configuration to files, on both kinds of base model."""
 
 from __future__ import annotations
 
-import errno
-import json
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,61 +10,16 @@ from typing import Any
 import pytest
 import torch
 from kronafuse import formats
-from kronafuse.train import checkpoint as checkpoint_module
 from kronafuse.train import loop, run
-from kronafuse.train.checkpoint import PARTS, checkpoints, find_checkpoint
+from kronafuse.train.checkpoint import checkpoints
 from kronafuse.train.config import TrainConfig
-from kronafuse.train.interrupt import Interrupted
-from kronafuse.train.options import build
 from PIL import Image
-from safetensors.torch import load_file
 
 Configure = Callable[..., TrainConfig]
+Losses = Callable[[TrainConfig], list[float]]
 
 
-@pytest.fixture
-def configure(class_base: Path, class_folder: Path, tmp_path: Path) -> Configure:
-    """A configuration of four steps in `tmp_path / "out"`, and what differs from it."""
-
-    def make(**values: Any) -> TrainConfig:
-        standard = {
-            "base": class_base,
-            "data": class_folder,
-            "output": tmp_path / "out",
-            "factors": (4, 2),
-            "steps": 4,
-            "batch_size": 2,
-            "learning_rate": 1e-2,
-            "warmup": 2,
-            "condition_dropout": 0.3,
-            "flip": True,
-            "checkpoint_every": 2,
-            "sampling_steps": 2,
-        }
-        return build(TrainConfig, standard | values)
-
-    return make
-
-
-def losses_of(config: TrainConfig) -> list[float]:
-    return json.loads((config.output / run.LOSSES).read_text())
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
-    """Ctrl-C while the loss of this step, counted from 1, is computed."""
-    loss, calls = loop.noise_prediction_loss, []
-
-    def pressed(*arguments: Any) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == step:
-            for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
-        return loss(*arguments)
-
-    monkeypatch.setattr(loop, "noise_prediction_loss", pressed)
-
-
-def test_files(configure: Configure) -> None:
+def test_files(configure: Configure, losses_of: Losses) -> None:
     config = configure(validate_every=2, validation_count=3)
     path = run.train(config)
     assert path == config.output / "adapter.safetensors"
@@ -81,141 +33,6 @@ def test_files(configure: Configure) -> None:
         assert image.size == (3 * 65 + 1, 2 * 65 + 1)
     with Image.open(config.output / run.CURVE) as image:
         assert image.format == "PNG"
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"accumulation": 2, "decay": "cosine"}], ids=["plain", "accumulated"]
-)
-def test_resumed_run_is_bit_for_bit_the_whole_run(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: dict[str, Any]
-) -> None:
-    whole = configure(**options)
-    run.train(whole)
-    part = configure(**options, output=tmp_path / "part")
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 3)
-        with pytest.raises(Interrupted):
-            run.train(part)
-    assert max(checkpoints(part.output)) < whole.steps
-    run.train(configure(**options, output=tmp_path / "part", resume="latest"))
-    assert losses_of(part) == losses_of(whole)
-    left, right = (load_file(each.output / "adapter.safetensors") for each in (whole, part))
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
-
-
-def test_ctrl_c_finishes_the_step_and_saves(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, before = configure(checkpoint_every=0), signal.getsignal(signal.SIGINT)
-    interrupt_at(monkeypatch, 3)
-    with pytest.raises(Interrupted, match="stopped after step 3; go on with --resume latest"):
-        run.train(config)
-    assert list(checkpoints(config.output)) == [3]
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_second_ctrl_c_stops_at_once(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configure()
-    interrupt_at(monkeypatch, 3, times=2)
-    with pytest.raises(KeyboardInterrupt) as caught:
-        run.train(config)
-    assert not isinstance(caught.value, Interrupted)
-    assert list(checkpoints(config.output)) == [2]
-
-
-def save_that(effect: Callable[[], None], at_step: int) -> Callable[..., None]:
-    """`save_file` for the optimizer that writes half a file and has this effect, once."""
-    save, count = checkpoint_module.save_file, []
-
-    def broken(tensors: Any, path: Path) -> None:
-        count.append(1)
-        if len(count) == at_step:
-            path.write_bytes(b"half")
-            effect()
-        save(tensors, path)
-
-    return broken
-
-
-def test_ctrl_c_during_a_save_finishes_it(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configure()
-    press = save_that(lambda: signal.raise_signal(signal.SIGINT), at_step=1)
-    monkeypatch.setattr(checkpoint_module, "save_file", press)
-    with pytest.raises(Interrupted):
-        run.train(config)
-    assert find_checkpoint(config.output, "latest").name == "checkpoint-000003"
-    assert sorted(checkpoints(config.output)) == [2, 3]
-
-
-def test_broken_save_leaves_the_checkpoint_before(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A second Ctrl-C during the save at step 4: nothing half-written, and the run goes on from step 2."""
-    whole = configure(output=tmp_path / "whole")
-    run.train(whole)
-    config = configure()
-
-    def twice() -> None:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "save_file", save_that(twice, at_step=2))
-        with pytest.raises(KeyboardInterrupt):
-            run.train(config)
-    assert [each.name for each in config.output.iterdir()] == ["checkpoint-000002"]
-    run.train(configure(resume="latest"))
-    assert losses_of(config) == losses_of(whole)
-
-
-def test_full_disk_at_a_checkpoint(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configure()
-
-    def full() -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint_module, "save_file", save_that(full, at_step=2))
-    with pytest.raises(OSError, match="checkpoint-000004 could not be saved: No space left on device"):
-        run.train(config)
-    assert [each.name for each in config.output.iterdir()] == ["checkpoint-000002"]
-    assert sorted(each.name for each in (config.output / "checkpoint-000002").iterdir()) == sorted(PARTS)
-
-
-def test_resume_rejects_other_settings(configure: Configure) -> None:
-    run.train(configure())
-    with pytest.raises(
-        ValueError, match=r"(?s)other settings:.*learning_rate: 0\.01 in the checkpoint, 0\.02 now"
-    ):
-        run.train(configure(resume="latest", steps=6, learning_rate=0.02))
-    run.train(configure(resume="latest", steps=6))
-    assert sorted(checkpoints(configure().output)) == [2, 4, 6]
-
-
-def test_resume_rejects_other_steps_where_they_decide_the_learning_rate(configure: Configure) -> None:
-    run.train(configure(decay="cosine"))
-    with pytest.raises(ValueError, match="steps: 4 in the checkpoint, 6 now"):
-        run.train(configure(decay="cosine", resume="latest", steps=6))
-
-
-@pytest.mark.parametrize("name", PARTS)
-def test_resume_rejects_a_truncated_checkpoint(configure: Configure, name: str) -> None:
-    config = configure()
-    run.train(config)
-    part = config.output / "checkpoint-000004" / name
-    part.write_bytes(part.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"checkpoint-000004.* (is damaged|is not a whole safetensors file)"):
-        run.train(configure(resume="latest"))
-
-
-def test_resume_rejects_what_is_not_there(configure: Configure, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
-        run.train(configure(resume="latest"))
-    config = configure()
-    run.train(config)
-    broken = tmp_path / "checkpoint-000002"
-    shutil.copytree(config.output / "checkpoint-000002", broken)
-    (broken / "optimizer.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"checkpoint-000002 lacks optimizer\.safetensors"):
-        run.train(configure(resume=str(broken)))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +92,9 @@ def test_rejects_odd_resolutions(configure: Configure) -> None:
         run.train(configure(resolution=9))
 
 
-def test_captions_and_latents(configure: Configure, text_base: Path, captioned_folder: Path) -> None:
+def test_captions_and_latents(
+    configure: Configure, text_base: Path, captioned_folder: Path, losses_of: Losses
+) -> None:
     """A Stable Diffusion in miniature, v-prediction included, in bf16 mixed precision."""
     config = configure(
         base=text_base, data=captioned_folder, mixed_precision="bf16", validate_every=4, validation_count=1
@@ -288,7 +107,7 @@ def test_captions_and_latents(configure: Configure, text_base: Path, captioned_f
 
 
 def test_two_text_encoders(
-    configure: Configure, sdxl_base: Path, captioned_folder: Path, tmp_path: Path
+    configure: Configure, sdxl_base: Path, captioned_folder: Path, tmp_path: Path, losses_of: Losses
 ) -> None:
     """A Stable Diffusion XL in miniature, at a resolution of its own, with gradient checkpointing."""
     options = {"base": sdxl_base, "data": captioned_folder, "resolution": 32}
@@ -321,6 +140,41 @@ def test_loss_that_is_no_number_stops_the_run(configure: Configure, monkeypatch:
     assert list(checkpoints(configure().output)) == [2]
 
 
+def test_factors_that_are_no_numbers_are_not_saved(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of the step that broke them was still finite."""
+    step = loop.Trainer.take_step
+
+    def spoil(trainer: loop.Trainer, batches: Any) -> float:
+        loss = step(trainer, batches)
+        if trainer.step == 4:
+            trainer.parameters[-1].data.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(loop.Trainer, "take_step", spoil)
+    with pytest.raises(FloatingPointError, match="the parameters are not finite after step 4"):
+        run.train(configure())
+    assert [each.name for each in configure().output.iterdir()] == ["checkpoint-000002"]
+
+
+def test_rejects_output_before_reading_the_model(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(OSError, match=r"output folder .*out cannot be written to: File exists"):
+        run.train(configure(base=tmp_path / "absent"))
+
+
+def test_validation_is_drawn_in_batches_of_the_training(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, draw = [], run.sample
+    monkeypatch.setattr(
+        run, "sample", lambda *each, **keys: (sizes.append(keys["batch_size"]), draw(*each, **keys))[1]
+    )
+    run.train(configure(validate_every=4, batch_size=3))
+    assert sizes == [3]
+
+
 def test_rejects_text_encoders_that_do_not_fit(configure: Configure, sdxl_base: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(sdxl_base, broken)
@@ -332,7 +186,7 @@ def test_rejects_text_encoders_that_do_not_fit(configure: Configure, sdxl_base: 
         run.train(configure(base=broken))
 
 
-def test_reading_in_other_processes(configure: Configure, tmp_path: Path) -> None:
+def test_reading_in_other_processes(configure: Configure, tmp_path: Path, losses_of: Losses) -> None:
     alone, beside = configure(), configure(workers=1, output=tmp_path / "workers")
     run.train(alone)
     run.train(beside)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from kronafuse import KronA, attach, formats
-from kronafuse.train.base import load_base
+from kronafuse.train.base import load_base, sampling_scheduler
 from kronafuse.train.draw import draw_images
 from kronafuse.train.sampling import sample
 from PIL import Image
 
-OPTIONS = {"steps": 2, "guidance": 2.0, "seed": 0}
+OPTIONS: dict[str, Any] = {"steps": 2, "guidance": 2.0, "seed": 0, "batch_size": 4}
 
 
 @pytest.fixture
@@ -32,18 +35,18 @@ def test_images_depend_on_seed_and_place_alone(class_base: Path) -> None:
     images = sample(base, ["cat", "dog", "cat"], **OPTIONS)
     assert images.shape == (3, 1, 8, 8)
     assert torch.equal(images, sample(base, ["cat", "dog", "cat"], **OPTIONS))
-    torch.testing.assert_close(sample(base, ["cat", "dog", "cat"], **OPTIONS, batch_size=2), images)
+    torch.testing.assert_close(sample(base, ["cat", "dog", "cat"], **{**OPTIONS, "batch_size": 2}), images)
     assert not torch.equal(images[0], images[2])
     assert not torch.equal(sample(base, ["cat"], **{**OPTIONS, "seed": 1})[0], images[0])
 
 
 def test_guidance_of_one_is_the_conditional_model(class_base: Path) -> None:
     base = load_base(class_base)
-    plain = sample(base, ["cat"], steps=2, guidance=1.0, seed=0)
-    torch.testing.assert_close(
-        plain, sample(base, ["cat"], steps=2, guidance=1.0 + 1e-7, seed=0), rtol=0, atol=1e-4
+    plain, almost, strong = (
+        sample(base, ["cat"], **{**OPTIONS, "guidance": guidance}) for guidance in (1.0, 1.0 + 1e-7, 3.0)
     )
-    assert not torch.equal(plain, sample(base, ["cat"], steps=2, guidance=3.0, seed=0))
+    torch.testing.assert_close(plain, almost, rtol=0, atol=1e-4)
+    assert not torch.equal(plain, strong)
 
 
 def test_training_mode_comes_back(class_base: Path) -> None:
@@ -56,6 +59,58 @@ def test_training_mode_comes_back(class_base: Path) -> None:
 def test_latents_become_images(text_base: Path) -> None:
     images = sample(load_base(text_base), ["a cat"], **OPTIONS, resolution=32)
     assert images.shape == (1, 3, 32, 32)
+
+
+def test_batches_are_small_and_latents_are_decoded_one_by_one(
+    text_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, seen = load_base(text_base), []
+    assert base.vae is not None
+    decode = base.vae.decode
+    monkeypatch.setattr(base.vae, "decode", lambda latents: (seen.append(len(latents)), decode(latents))[1])
+    base.unet.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    images = sample(base, ["a cat"] * 3, **{**OPTIONS, "steps": 1, "batch_size": 2})
+    assert seen == [4, 1, 1, 2, 1]
+    assert len(images) == 3
+
+
+def test_latents_are_not_clipped(text_base: Path, class_base: Path, tmp_path: Path) -> None:
+    """Schedulers whose files have no `clip_sample`, as most of Stable Diffusion's, would clip by default."""
+    folder = tmp_path / "base"
+    shutil.copytree(text_base, folder)
+    shutil.rmtree(folder / "scheduler")
+    EulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    assert sampling_scheduler(load_base(folder)).config["clip_sample"] is False
+    assert sampling_scheduler(load_base(class_base)).config["clip_sample"] is True
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ("unet/config.json", "unet/config.json"),
+        ("unet/diffusion_pytorch_model.safetensors", "unet"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae"),
+        ("scheduler/scheduler_config.json", "scheduler"),
+        ("text_encoder/model.safetensors", "text_encoder"),
+        ("tokenizer/tokenizer.json", "tokenizer"),
+    ],
+)
+def test_rejects_truncated_base(text_base: Path, tmp_path: Path, part: str, named: str) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(text_base, folder)
+    (folder / part).write_bytes((folder / part).read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"base model part .*base/{named} cannot be read: "):
+        load_base(folder)
+
+
+def test_rejects_class_names_that_are_none(class_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(class_base, folder)
+    (folder / "class_names.json").write_text("5")
+    with pytest.raises(
+        ValueError, match=r"base cannot be read: class_names\.json must be a list of names; got 5"
+    ):
+        load_base(folder)
 
 
 def test_unconditional_of_two_encoders_is_zero(sdxl_base: Path) -> None:
@@ -117,7 +172,7 @@ def test_rejects_adapter_of_another_model(
     attachment.remove()
     with pytest.raises(ValueError, match="other"):
         draw_images(class_base, foreign, ["cat"], tmp_path / "out", count=1, **OPTIONS)
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_rejects_files_that_are_no_adapter(class_base: Path, tmp_path: Path) -> None:
@@ -134,3 +189,17 @@ def test_rejects_files_that_are_no_adapter(class_base: Path, tmp_path: Path) -> 
 def test_rejects_scale_without_adapter(class_base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="without an adapter file"):
         draw_images(class_base, None, ["cat"], tmp_path / "out", count=1, scale=0.5, **OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["scale", "guidance"])
+def test_rejects_numbers_that_are_none(class_base: Path, adapter: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be finite; got nan"):
+        draw_images(
+            class_base, adapter, ["cat"], tmp_path / "out", count=1, **{**OPTIONS, name: float("nan")}
+        )
+
+
+def test_rejects_output_before_reading_the_model(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(OSError, match=r"output folder .*out cannot be written to: File exists"):
+        draw_images(tmp_path / "absent", None, ["cat"], tmp_path / "out", count=1, **OPTIONS)

@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from ..base import Base, load_base
 from ..conditioning import ClassTokens
-from ..files import replace_folder
+from ..files import replace_folder, write_json
 from ..loop import Trainer, new_accelerator
 from .data import CLASSES, OLD, Digits
 from .recipe import SCHEDULER, TOKEN_WIDTH, TOKENS, UNET, Recipe, base_key
@@ -42,10 +42,15 @@ def prepare_base(cache: Path, recipe: Recipe, digits: Digits) -> tuple[Path, boo
     losses = trainer.run(title=f"base on {OLD[0]} to {OLD[-1]}")
     with replace_folder(folder) as partial:
         base.save(partial)
-        (partial / LOSSES).write_text(json.dumps(losses), encoding="utf-8")
+        write_json(partial / LOSSES, losses)
     return folder, False
 
 
 def read_base(folder: Path) -> tuple[Base, list[float]]:
-    """A fresh copy of the base model, and the losses of its training."""
-    return load_base(folder), json.loads((folder / LOSSES).read_text(encoding="utf-8"))
+    """A fresh copy of the base model, and the losses of its training; ValueError where the cache is damaged."""
+    try:
+        return load_base(folder), json.loads((folder / LOSSES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the cached base model {folder} cannot be used: {error}; delete that folder, and the demo trains it again"
+        ) from error

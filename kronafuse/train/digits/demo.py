@@ -17,7 +17,7 @@ from ...models.report import Report
 from ...nn.specs import LoRA
 from ..adapter import attach_file
 from ..base import Base
-from ..files import write_json
+from ..files import prepare_output, write_json
 from ..loop import Trainer, new_accelerator
 from ..plots import save_loss_curves
 from ..sampling import sample
@@ -48,6 +48,7 @@ def run_demo(output: Path, recipe: Recipe) -> dict[str, Any]:
     Written: samples.png, loss.png, adapter.safetensors, figures.json and the cached base model's folder.
     """
     started = time.perf_counter()
+    prepare_output(output)
     digits = read_digits(recipe.seed)
     folder, cached = prepare_base(output, recipe, digits)
     base, base_losses = read_base(folder)
@@ -91,7 +92,10 @@ def draw_both(base: Base, recipe: Recipe) -> tuple[Drawn, Drawn]:
     drawn = []
     for classes, count in ((NEW, recipe.per_new_class), (OLD, recipe.per_old_class)):
         labels = [each for each in classes for _ in range(count)]
-        pixels = sample(base, labels, steps=recipe.sampling_steps, guidance=recipe.guidance, seed=recipe.seed)
+        pixels = sample(
+            base, labels,
+            steps=recipe.sampling_steps, guidance=recipe.guidance, seed=recipe.seed, batch_size=len(labels),
+        )  # fmt: skip
         drawn.append(Drawn(pixels, np.array(labels)))
     return drawn[0], drawn[1]
 
@@ -145,7 +149,6 @@ def count_parameters(base: Base, recipe: Recipe) -> dict[str, int]:
 
 def adapt(base: Base, recipe: Recipe, digits: Digits, path: Path) -> tuple[list[float], Report]:
     """Trains the recipe's adapter on the new classes, saves it and takes it off again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     accelerator = new_accelerator(recipe.adapter)
     base.to(accelerator.device)
     with torch.random.fork_rng():

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..files import replace_file
+from ...formats.atomic import written_beside
 from ..images import grid
 
 COLUMNS = 6
@@ -34,5 +34,5 @@ def save_comparison(
         axes.imshow(np.asarray(grid(torch.cat(rows), COLUMNS, zoom=8, gap=4)), cmap="gray", vmin=0, vmax=255)
         axes.set_title(title)
         axes.axis("off")
-    with replace_file(path) as partial:
+    with written_beside(path) as partial:
         figure.savefig(partial, format="png", dpi=120)

@@ -66,6 +66,9 @@ SMOKE = Recipe(
 )  # fmt: skip
 """Everything once, far too short to learn anything."""
 
+LIMIT_SECONDS = 480
+"""How long the demo may take on two cores, training of the base model included."""
+
 BEFORE_BELOW = 0.10
 AFTER_AT_LEAST = 0.85
 """Accuracy on the new classes that the demo holds itself to."""
