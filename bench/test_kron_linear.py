@@ -32,8 +32,34 @@ ARMS: dict[str, Callable[[Tensor, FrozenLinear], Tensor]] = {
 }
 
 
+PEFT_OPTIONS = {
+    "lokr_f8": {"r": 10_000, "decompose_factor": 8},
+    "lokr_square": {"r": 10_000, "decompose_factor": -1},
+    "lokr_f8_r16": {"r": 16, "decompose_factor": 8},
+}
+"""What PEFT has: LoKr, as shipped (an adapter in float32 whatever the layer's dtype)."""
+
+
+def peft_step(adapter: str, dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
+    """The same step of PEFT's LoKr on a layer of the same size."""
+    peft = pytest.importorskip("peft")
+    case = CASES[f"sdxl_1280-{adapter}"]
+    model = torch.nn.Sequential()
+    model.add_module("layer", torch.nn.Linear(case.shape.k, case.shape.n, bias=False, dtype=dtype))
+    options = PEFT_OPTIONS[adapter]
+    config = peft.LoKrConfig(alpha=options["r"], target_modules=["layer"], init_weights="lycoris", **options)
+    model = peft.inject_adapter_in_model(config, model)
+    factors = [each for each in model.parameters() if each.requires_grad]
+    assert sum(each.numel() for each in factors) == case.shape.parameters
+    x = torch.randn(TOKENS, case.shape.k).to(dtype).requires_grad_()
+    dy = torch.randn(TOKENS, case.shape.n).to(dtype)
+    return lambda: torch.autograd.grad(model(x), [x, *factors], dy)
+
+
 def training_step(arm: str, adapter: str, dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
     """Forward, dx and the gradients of all factors, on random data."""
+    if arm == "peft":
+        return peft_step(adapter, dtype)
     case = replace(CASES[f"sdxl_1280-{adapter}"], tokens=TOKENS)
     x, layer = case_inputs(case, dtype, bias=False)
     (term,) = layer.terms
@@ -54,10 +80,12 @@ def ratio(step: Callable[[], object], other: Callable[[], object]) -> float:
     return statistics.median(seconds[0]) / statistics.median(seconds[1])
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", [*ARMS, "peft"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda each: str(each).removeprefix("torch."))
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_forward_and_backward(benchmark, adapter, dtype, arm):
+    if arm == "peft" and adapter not in PEFT_OPTIONS:
+        pytest.skip("PEFT has no KronA; LoKr alone is compared")
     step = training_step(arm, adapter, dtype)
     name = str(dtype).removeprefix("torch.")
     benchmark.group = f"sdxl_1280-{adapter}-{name}, {TOKENS} tokens, forward + backward"
