@@ -52,12 +52,17 @@ class Primitives(Protocol):
         ...
 
 
+def _tokens(part: Tensor, first: int, second: int) -> Tensor:
+    """(M, first·second) seen as (M, first, second)."""
+    return part.view(part.shape[0], first, second)
+
+
 def inner_of(kron: KronMap, shrunk: Tensor, primitives: Primitives) -> Tensor:
     """What the up map takes: the shrunk T itself, or scale · A P for a low-rank term with a left factor."""
     if kron.order != "low_rank" or kron.a is None:
         return shrunk
     rank = kron.b.shape[1]
-    p = shrunk.unflatten(1, (kron.left[1], rank))
+    p = _tokens(shrunk, kron.left[1], rank)
     return primitives.mix(p, kron.a, kron.scale).flatten(1)
 
 
@@ -183,28 +188,28 @@ def factor_gradients(
     dtype_a, dtype_b, dtype_down = dtypes
     if kron.order == "a_first":  # part U (M, N1, K2), down S (M, N1, K2)
         if need_a:
-            s = down.unflatten(1, kron.inner)
+            s = _tokens(down, *kron.inner)
             da = primitives.reduce(s.mT, inputs.mT, 1.0, dtype_a or x.dtype)
         if need_b:
-            u = part.unflatten(1, kron.inner)
+            u = _tokens(part, *kron.inner)
             db = primitives.reduce(grads, u, 1.0, dtype_b or x.dtype, row_scale)
     elif kron.order == "b_first":  # part V (M, K1, N2), down Q (M, K1, N2)
         if need_a:
-            v = part.unflatten(1, kron.inner)
+            v = _tokens(part, *kron.inner)
             da = primitives.reduce(grads.mT, v.mT, 1.0, dtype_a or x.dtype, transposed)
         if need_b:
-            q = down.unflatten(1, kron.inner)
+            q = _tokens(down, *kron.inner)
             db = primitives.reduce(q, inputs, 1.0, dtype_b or x.dtype)
     else:
         (n1, k1), rank = kron.left, kron.b.shape[1]
         if need_a and kron.a is not None:  # down F (M, N1, R), part P (M, K1, R), both unscaled
-            f, p = down.unflatten(1, (n1, rank)), part.unflatten(1, (k1, rank))
+            f, p = _tokens(down, n1, rank), _tokens(part, k1, rank)
             da = primitives.reduce(f.mT, p.mT, kron.scale, dtype_a or x.dtype)
         if need_b:
-            h = inner_of(kron, part, primitives).unflatten(1, (n1, rank))
+            h = _tokens(inner_of(kron, part, primitives), n1, rank)
             db = primitives.reduce(grads, h, 1.0, dtype_b or x.dtype, row_scale)
         if need_b_down:
-            e = inner_of(kron.adjoint(), down, primitives).unflatten(1, (k1, rank))
+            e = _tokens(inner_of(kron.adjoint(), down, primitives), k1, rank)
             db_down = primitives.reduce(e, inputs, 1.0, dtype_down or x.dtype)
     return da, db, db_down
 

@@ -47,7 +47,7 @@ def mix(p: Tensor, a: Tensor, scale: float | Tensor) -> Tensor:
     if _is_small(a, p.shape[2], p.shape[0]) and p.stride(1) == p.shape[2] * p.stride(2):
         dense = _beside_identity(a, p.shape[2])
         out = torch.addmm(p.new_empty(()), p.flatten(1), dense.t(), beta=0, alpha=alpha)
-        return _times(out, rest).unflatten(1, (a.shape[0], p.shape[2]))
+        return _times(out, rest).view(p.shape[0], a.shape[0], p.shape[2])
     if alpha == 1:
         return _times(torch.matmul(a, p), rest)
     return torch.baddbmm(p.new_empty(()), a.expand(p.shape[0], -1, -1), p, beta=0, alpha=alpha)
@@ -87,7 +87,7 @@ def linear(
         if bias is not None:
             y += bias
     for kron, inner in zip(maps, inners, strict=True):
-        _expand_into(y, kron, inner.unflatten(1, kron.inner))
+        _expand_into(y, kron, inner.view(inner.shape[0], *kron.inner))
     return y
 
 

@@ -100,6 +100,7 @@ class KronMap:
 
 def kron_view(x: Tensor, left: int, right: int, shuffled: bool) -> Tensor:
     """(M, left·right) seen as (M, left, right), without a copy."""
+    # Splitting a dimension is a view whatever the strides; Tensor.unflatten does it through Python.
     if shuffled:
-        return x.unflatten(1, (right, left)).transpose(1, 2)
-    return x.unflatten(1, (left, right))
+        return x.view(x.shape[0], right, left).transpose(1, 2)
+    return x.view(x.shape[0], left, right)
