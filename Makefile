@@ -27,7 +27,7 @@ test: $(VENV)/.installed $(AOT_TRITONS)
 test-full: $(VENV)/.installed $(AOT_TRITONS)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Every shipped kernel configuration, compiled for every architecture with both Tritons.
+# Kernels compiled for every architecture: a set of each kernel with both Tritons, all configurations with the pinned one.
 aot: $(VENV)/.installed $(AOT_TRITONS)
 	$(BIN)/python -m pytest tests/ops/test_aot.py
 

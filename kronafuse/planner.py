@@ -116,7 +116,7 @@ def plan(
 
     rank:   R where B = B_up · B_down
     dtype:  of x, W and y
-    device: a device whose name (or "H200") has a measured ceiling gives `floor_us`; None gives none
+    device: a device whose name (or "H200") has a measured ceiling gives `floor_us` for 16-bit dtypes; None gives none
 
     Raises ValueError for sizes below 1 (M may be 0), TypeError for sizes that are no integers.
     """

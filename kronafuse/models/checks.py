@@ -29,7 +29,10 @@ READ_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 def check_model(model: nn.Module) -> None:
     """Raises TypeError for what is no module, ValueError for a model already wrapped for many processes."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"attach: model must be a torch.nn.Module; got {type(model).__name__}")
+        raise TypeError(
+            f"attach: model must be a torch.nn.Module, of a pipeline its unet or transformer;"
+            f" got {type(model).__name__}"
+        )
     wrapped = [
         type(each).__name__
         for each in model.modules()

@@ -34,6 +34,8 @@ def adapter_spec(config: TrainConfig) -> AdapterSpec:
 
 def attach_file(base: Base, path: Path) -> Attachment:
     """Puts the adapter of a file on the base model; the errors are those of `formats.load` and `attach`."""
+    if path.is_dir():
+        raise IsADirectoryError(f"adapter {path} is a folder; name the file in it, as adapter.safetensors")
     if not path.is_file():
         raise FileNotFoundError(f"adapter file {path} does not exist")
     return attach(base.unet, formats.load(path))

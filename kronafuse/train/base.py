@@ -106,7 +106,9 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
     cannot be read).
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"base model {folder} does not exist or is not a folder")
+        raise FileNotFoundError(
+            f"base model {folder} does not exist or is not a folder (hub names are not taken)"
+        )
     with_classes = (folder / CLASS_TOKENS).is_file()
     needed = ["unet", "scheduler", *([] if with_classes else ["tokenizer", "text_encoder"])]
     absent = [name for name in needed if not (folder / name).is_dir()]

@@ -247,11 +247,11 @@ def test_ctrl_c_exits_with_130(
         (["train", "absent.toml"], "kronafuse: configuration file absent.toml does not exist\n"),
         (
             ["train", "--base", "absent", "--data", "."],
-            "kronafuse: base model absent does not exist or is not a folder\n",
+            "kronafuse: base model absent does not exist or is not a folder (hub names are not taken)\n",
         ),
         (
             ["sample", "x", "--base", "absent"],
-            "kronafuse: base model absent does not exist or is not a folder\n",
+            "kronafuse: base model absent does not exist or is not a folder (hub names are not taken)\n",
         ),
     ],
 )

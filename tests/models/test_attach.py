@@ -480,7 +480,7 @@ def test_refuses_what_is_no_model_or_spec():
     model, _ = build("dit")
     with pytest.raises(TypeError, match="spec must be KronA, LoKr, LoRA or a loaded adapter file; got str"):
         attach(model, "krona")
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module; got str"):
+    with pytest.raises(TypeError, match=r"unet or transformer; got str"):
         attach("unet", KRONA)
 
 

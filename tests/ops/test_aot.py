@@ -54,7 +54,7 @@ def compiled(*options: str, path: Path | None = None, cache: Path) -> list[Recor
 
 
 def assert_shippable(records: list[Record], kernels: set[str]) -> None:
-    """Every kernel on every architecture, nothing spills, shared memory fits, tensor cores by the right instruction."""
+    """Every kernel on every architecture within the limits, tensor cores by the right instruction."""
     assert {(record.architecture, record.kernel) for record in records} == {
         (architecture, kernel) for architecture in ARCHITECTURES for kernel in kernels
     }

@@ -203,3 +203,10 @@ def test_rejects_output_before_reading_the_model(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(OSError, match=r"output folder .*out cannot be written to: File exists"):
         draw_images(tmp_path / "absent", None, ["cat"], tmp_path / "out", count=1, **OPTIONS)
+
+
+def test_rejects_an_adapter_that_is_a_folder(class_base: Path, tmp_path: Path) -> None:
+    """The output folder of a training run, given in place of the file in it."""
+    with pytest.raises(IsADirectoryError, match="is a folder; name the file in it"):
+        draw_images(class_base, tmp_path, ["0"], tmp_path / "images", count=1, scale=None, resolution=None,
+                    precision="fp32", **OPTIONS)  # fmt: skip

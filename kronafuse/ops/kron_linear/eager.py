@@ -1,4 +1,7 @@
-"""The four primitives on torch's own GEMMs, on any device: never N×K, and y is added to in place."""
+"""The four primitives on torch's own GEMMs, on any device: never N×K.
+
+y is added to in place; a shuffled or row-scaled term goes through one more (M, N) tensor.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from ..kron_linear.maps import kron_view
 from ..outputs import new_output
 
 CHUNK_ELEMENTS = 1 << 20
-"""Elements of the delta that exist at a time, in the wide dtype."""
+"""Elements of the delta that exist at a time, in the wide dtype, but at least one row."""
 
 
 def merge(
@@ -21,11 +23,12 @@ def merge(
     (n1, k1), (n2, k2) = left.shape, right.shape
     merged = new_output(weight, weight.shape)
     source, target = kron_blocks(weight, left, right, shuffled), kron_blocks(merged, left, right, shuffled)
-    step = max(1, CHUNK_ELEMENTS // (n1 * k1 * k2))
-    for first in range(0, n2, step):
-        rows = slice(first, first + step)
-        delta = left[:, None, :, None] * right[None, rows, None, :]
-        target[:, rows] = delta.mul_(scale.to(wide)).add_(source[:, rows]).to(weight.dtype)
+    right_step = max(1, CHUNK_ELEMENTS // (n1 * k1 * k2))
+    left_step = n1 if right_step > 1 else max(1, CHUNK_ELEMENTS // (k1 * k2))
+    for first, second in product(range(0, n1, left_step), range(0, n2, right_step)):
+        rows = slice(first, first + left_step), slice(second, second + right_step)
+        delta = left[rows[0], None, :, None] * right[None, rows[1], None, :]
+        target[rows] = delta.mul_(scale.to(wide)).add_(source[rows]).to(weight.dtype)
     return merged
 
 
