@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from . import nn as nn
     from .models.attach import Attachment as Attachment
     from .models.attach import attach as attach
+    from .nn.bottleneck_spec import Bottleneck as Bottleneck
     from .nn.specs import KronA as KronA
     from .nn.specs import LoKr as LoKr
     from .nn.specs import LoRA as LoRA
+    from .ops.bottleneck.op import bottleneck as bottleneck
     from .ops.kron_linear.op import kron_delta as kron_delta
     from .ops.kron_linear.op import kron_linear as kron_linear
     from .ops.kron_linear.op import kron_linear_group as kron_linear_group
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "Attachment": ".models.attach",
+    "Bottleneck": ".nn.bottleneck_spec",
     "FrozenLinear": ".ops.kron_linear.terms",
     "KronA": ".nn.specs",
     "KronTerm": ".ops.kron_linear.terms",
@@ -33,6 +36,7 @@ _PUBLIC = {
     "LoRA": ".nn.specs",
     "attach": ".models.attach",
     "available_impls": ".ops.registry",
+    "bottleneck": ".ops.bottleneck.op",
     "kron_delta": ".ops.kron_linear.op",
     "kron_linear": ".ops.kron_linear.op",
     "kron_linear_group": ".ops.kron_linear.op",

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .ops.kron_linear.terms import FrozenLinear, KronTerm
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+ACTIVATIONS = ("identity", "relu", "sigmoid", "silu", "gelu")
+"""Between a bottleneck's two layers; gelu is the exact one, by erf."""
+MAX_WIDTH = 256
+"""Largest hidden width H of a bottleneck."""
 
 
 def check_tensor(op: str, name: str, value: object, *, optional: bool = False) -> None:
@@ -166,6 +170,66 @@ def check_merge(op: str, weight: Tensor, a: Tensor | None, b: Tensor, b_down: Te
         if factor is not None:
             check_dtype(op, name, factor)
             check_same_device(op, name, factor, weight)
+
+
+def check_activation(op: str, activation: object) -> None:
+    """Raises ValueError unless the activation is one of `ACTIVATIONS`."""
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+
+
+def check_bottleneck(
+    op: str,
+    x: Tensor,
+    residual: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    residual_is_x: bool,
+) -> None:
+    """Raises unless the tensors make one bottleneck: down (H, K), up (N, H), H from 1 to `MAX_WIDTH`."""
+    check_dtype(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must be (..., K); got a 0-d tensor")
+    for name, rule, factor in (("down", "(H, K)", down), ("up", "(N, H)", up)):
+        if factor.dim() != 2 or 0 in factor.shape:
+            raise ValueError(
+                f"{op}: {name} must be {rule} with sizes of at least 1; got {shape_text(factor)}"
+            )
+    (width, in_features), out_features = down.shape, up.shape[0]
+    if width > MAX_WIDTH:
+        raise ValueError(f"{op}: down (H, K) must have H from 1 to {MAX_WIDTH}; got {shape_text(down)}")
+    if x.shape[-1] != in_features:
+        raise ValueError(
+            f"{op}: x must end in K = {in_features}; got x {shape_text(x)}, down {shape_text(down)}"
+        )
+    if up.shape[1] != width:
+        raise ValueError(
+            f"{op}: down (H, K) and up (N, H) must share H; got down {shape_text(down)}, up {shape_text(up)}"
+        )
+    for name, rule, bias, size in (
+        ("down_bias", "(H,)", down_bias, width),
+        ("up_bias", "(N,)", up_bias, out_features),
+    ):
+        if bias is not None and tuple(bias.shape) != (size,):
+            raise ValueError(f"{op}: {name} must be {rule} = ({size},); got {shape_text(bias)}")
+    expected = (*x.shape[:-1], out_features)
+    if residual_is_x and in_features != out_features:
+        raise ValueError(
+            f"{op}: x as its own residual needs N = K; got K = {in_features}, N = {out_features}, "
+            f"as down {shape_text(down)} and up {shape_text(up)} say"
+        )
+    if residual is not None and tuple(residual.shape) != expected:
+        raise ValueError(
+            f"{op}: residual must be (..., N) = {expected}, as x {shape_text(x)} and up {shape_text(up)} say; "
+            f"got {shape_text(residual)}"
+        )
+    others = {"residual": residual, "down": down, "up": up, "down_bias": down_bias, "up_bias": up_bias}
+    for name, tensor in others.items():
+        if tensor is not None:
+            check_dtype(op, name, tensor)
+            check_same_device(op, name, tensor, x)
 
 
 def shape_text(tensor: Tensor) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..nn.specs import AdapterSpec
+from ..nn.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -15,16 +15,16 @@ class AdapterFile:
     """An adapter without its model: `attach(model, file)` puts it on one.
 
     spec:    how the factors were made
-    modules: module name -> (N, K) of every adapted layer
+    modules: module name -> (N, K) of every adapted layer or block
     scale:   the attachment's scale when it was saved
-    tensors: module name + "." + factor name -> factor
+    tensors: module name + "." + tensor name -> trained tensor
     """
 
-    spec: AdapterSpec
+    spec: Spec
     modules: Mapping[str, tuple[int, int]]
     scale: float
     tensors: Mapping[str, Tensor]
 
     def __str__(self) -> str:
         count = sum(tensor.numel() for tensor in self.tensors.values())
-        return f"{self.spec} on {len(self.modules)} layers, {count:,} parameters, scale {self.scale}"
+        return f"{self.spec} on {len(self.modules)} modules, {count:,} parameters, scale {self.scale}"

@@ -124,26 +124,32 @@ def make_layouts(spec: AdapterSpec, places: Sequence[Place]) -> dict[str, Layout
     return layouts
 
 
-def check_file_modules(model_name: str, places: Mapping[str, Place], file: AdapterFile) -> None:
-    """Raises ValueError where the file's layers are not in the model, or have other sizes there."""
-    missing = [name for name in file.modules if name not in places]
+def check_file_modules(
+    model_name: str, kind: str, sizes: Mapping[str, tuple[int, int]], file: AdapterFile
+) -> None:
+    """Raises ValueError where the file's layers or blocks are not in the model, or have other sizes there.
+
+    kind:  "layers" or "blocks"
+    sizes: name -> (N, K) of those in the model
+    """
+    missing = [name for name in file.modules if name not in sizes]
     other = [
-        f"{name} is {size} in the file, {here} in the model"
+        f"{name} is {size} in the file, {sizes[name]} in the model"
         for name, size in file.modules.items()
-        if name in places and (here := size_of(places[name].module)) != size
+        if name in sizes and sizes[name] != size
     ]
     if missing or other:
-        parts = [f"{len(missing)} of its layers are missing: {listed(missing)}"] if missing else []
+        parts = [f"{len(missing)} of its {kind} are missing: {listed(missing)}"] if missing else []
         parts += [f"{len(other)} have another (N, K): {listed(other, 4)}"] if other else []
         raise ValueError(f"attach: the file is for another model than this {model_name}: " + "; ".join(parts))
 
 
 def check_tensors(
-    op: str, sizes: Mapping[str, Mapping[str, tuple[int, int]]], tensors: Mapping[str, Tensor]
+    op: str, sizes: Mapping[str, Mapping[str, tuple[int, ...]]], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Raises ValueError for missing, unknown or mismatched factors, listing them, and for NaN and infinity.
+    """Raises ValueError for missing, unknown or mismatched tensors, listing them, and for NaN and infinity.
 
-    Raises TypeError for factors that are no floating tensors.
+    Raises TypeError for what are no floating tensors.
     """
     for name, tensor in tensors.items():
         check_tensor(op, name, tensor)

@@ -37,13 +37,13 @@ class Host:
 
     @classmethod
     def of(cls, model: nn.Module) -> Host:
-        """The model's Host; the first one freezes the model's parameters and takes over its attention."""
+        """The model's Host, with one user more until `leave`; the first one freezes the model's parameters."""
         host = model.__dict__.get(ATTRIBUTE)
         if host is None:
             host = cls()
             model.__dict__[ATTRIBUTE] = host
             host._freeze(model)
-            host._refuse_fusing(model)
+        host.users += 1
         return host
 
     def wrap(self, place: Place) -> KronLinear:
@@ -118,7 +118,10 @@ class Host:
                     self.frozen.append((module, attribute))
                     parameter.requires_grad_(False)
 
-    def _refuse_fusing(self, model: nn.Module) -> None:
+    def refuse_fusing(self, model: nn.Module) -> None:
+        """Let diffusers' methods that would drop the deltas of linear layers raise."""
+        if self.refusing:
+            return
         for module in model.modules():
             for method in FUSING_METHODS:
                 if callable(getattr(module, method, None)):

@@ -68,3 +68,46 @@ class Report:
                 f"  {count} attention blocks keep their processor {name}: x is read once per projection"
             )
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block with a bottleneck adapter, what the adapter is made of, and its trained numbers."""
+
+    name: str
+    layout: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class BottleneckReport:
+    """Adapted blocks, and those without an adapter.
+
+    source, sink:     the positions
+    unmatched:        block -> why it has none
+    model_parameters: numbers of the model without this adapter
+    """
+
+    model: str
+    source: str
+    sink: str
+    layers: tuple[BlockReport, ...]
+    unmatched: dict[str, list[str]]
+    model_parameters: int
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers in all."""
+        return sum(each.parameters for each in self.layers)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}: {len(self.layers)} blocks adapted, {self.source} -> {self.sink},"
+            f" {self.parameters:,} parameters, {100 * self.parameters / self.model_parameters:.3g} % of the model's"
+        ]
+        width = max((len(each.name) for each in self.layers), default=0)
+        lines += [
+            f"  {each.name:<{width}}  {each.layout}, {each.parameters:,} parameters" for each in self.layers
+        ]
+        lines += [f"  without an adapter: {name}, {', '.join(why)}" for name, why in self.unmatched.items()]
+        return "\n".join(lines)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..ops.kron_linear.op import compute_dtype
+from ..ops.calls import compute_dtype
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Of weights that the kernels read."""

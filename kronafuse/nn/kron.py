@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_dtype, check_tensor
-from ..ops.kron_linear.op import compute_dtype, kron_linear_group
+from ..ops.calls import compute_dtype
+from ..ops.kron_linear.op import kron_linear_group
 from ..ops.kron_linear.terms import FrozenLinear, KronTerm
 from .factors import KronFactors
 from .fusing import has_global_hooks, has_hooks, input_reason, module_reason

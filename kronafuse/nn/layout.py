@@ -58,15 +58,15 @@ class Layout:
         """Trained numbers of this layer."""
         return sum(rows * columns for rows, columns in self.sizes.values())
 
-    def start(self, name: str, factor: Tensor) -> None:
+    def start(self, name: str, tensor: Tensor) -> None:
         """Fill one factor as the spec's `init` says."""
         how = dict(self.starts)[name]
         if how == "zero":
-            nn.init.zeros_(factor)
+            nn.init.zeros_(tensor)
         elif how == "kaiming":
-            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
         else:
-            nn.init.normal_(factor, mean=0.0, std=1.0 / self.shape.n1)
+            nn.init.normal_(tensor, mean=0.0, std=1.0 / self.shape.n1)
 
     def __str__(self) -> str:
         shape = self.shape

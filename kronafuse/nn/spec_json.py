@@ -8,15 +8,19 @@ from typing import Any
 
 import torch
 
-from .specs import AdapterSpec, KronA, LoKr, LoRA
+from .bottleneck_spec import Bottleneck
+from .spec import Spec
+from .specs import KronA, LoKr, LoRA
 
-KINDS: dict[str, type[AdapterSpec]] = {kind.__name__: kind for kind in (KronA, LoKr, LoRA)}
+KINDS: dict[str, type[KronA | LoKr | LoRA | Bottleneck]] = {
+    kind.__name__: kind for kind in (KronA, LoKr, LoRA, Bottleneck)
+}
 
 
-def spec_to_dict(spec: AdapterSpec) -> dict[str, Any]:
+def spec_to_dict(spec: Spec) -> dict[str, Any]:
     """The spec as a JSON object: its kind and every field, defaults included."""
     values: dict[str, Any] = {"kind": type(spec).__name__}
-    for each in fields(spec):
+    for each in fields(spec):  # pyright: ignore[reportArgumentType]
         value = getattr(spec, each.name)
         if isinstance(value, torch.dtype):
             value = str(value).removeprefix("torch.")
@@ -28,7 +32,7 @@ def spec_to_dict(spec: AdapterSpec) -> dict[str, Any]:
     return values
 
 
-def spec_from_dict(values: Mapping[str, Any]) -> AdapterSpec:
+def spec_from_dict(values: Mapping[str, Any]) -> Spec:
     """The spec that `spec_to_dict` wrote.
 
     Raises ValueError for an unknown kind, field or dtype, and whatever the spec itself refuses.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -14,14 +14,15 @@ from ..shapes import KronShape
 from .factorization import divisors, factorization
 from .fields import flag, number, plain
 from .layout import Layout, Start
+from .spec import Spec
 
 DEFAULT = ("to_q", "to_k", "to_v", "to_out.0")
 """The attention projections by diffusers' names; on a CLIP text encoder they stand for its own names."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterSpec(ABC):
-    """What every adapter's record has.
+class AdapterSpec(Spec):
+    """What every record of an adapter on linear layers has.
 
     targets:    suffixes of module names, as ("to_q", "attn2.to_k", "ff.net.2")
     per_target: suffix -> fields that differ there, or another spec; the longest matching suffix counts

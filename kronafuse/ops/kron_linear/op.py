@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ..calls import any_requires_grad, autocasts, distinct, scale_dtype
 from .autograd import KronGroup
 from .raw import Layout, kron_forward
 from .terms import FrozenLinear, KronTerm, check_records
@@ -104,7 +105,7 @@ def _apply(op: str, x: Tensor, layers: Sequence[FrozenLinear], impl: str) -> lis
         counts.append(len(layer.terms))
         for a, b, b_down, scale, is_shuffled, row_scale in layer.terms:
             if compiling and not isinstance(scale, Tensor):
-                scale = x.new_ones((), dtype=_scale_dtype(x)) * scale
+                scale = x.new_ones((), dtype=scale_dtype(x)) * scale
             tensor_scale = scale if isinstance(scale, Tensor) else None
             if tensor_scale is None:
                 checks.check_scale(op, scale, x)
@@ -112,46 +113,11 @@ def _apply(op: str, x: Tensor, layers: Sequence[FrozenLinear], impl: str) -> lis
             scales.append(1.0 if tensor_scale is not None else float(scale))
             shuffled.append(is_shuffled)
     layout = Layout(op, impl, tuple(counts), tuple(scales), tuple(shuffled))
-    if not torch.is_grad_enabled() or (compiling and not _any_requires_grad(x, layer_tensors, term_tensors)):
+    tensors = [x, *layer_tensors, *term_tensors]
+    if not torch.is_grad_enabled() or (compiling and not any_requires_grad(tensors)):
         # Where nothing has a gradient Dynamo hands ctx to a Function's forward, although it has a setup_context.
         return kron_forward(x, layer_tensors, term_tensors, *layout)[: len(counts)]
-    if compiling:
-        layer_tensors, term_tensors = _distinct(x, layer_tensors, term_tensors)
-    return list(KronGroup.apply(layout, x, *layer_tensors, *term_tensors)[: len(counts)])
-
-
-def _any_requires_grad(x: Tensor, *groups: list[Tensor | None]) -> bool:
-    return x.requires_grad or any(
-        each is not None and each.requires_grad for group in groups for each in group
-    )
-
-
-def _distinct(x: Tensor, *groups: list[Tensor | None]) -> list[list[Tensor | None]]:
-    """The groups with a view in place of every tensor met before: dynamo takes no tensor twice in one Function."""
-    seen: list[Tensor] = [x]
-    distinct = []
-    for group in groups:
-        kept: list[Tensor | None] = []
-        for tensor in group:
-            if tensor is not None and any(tensor is each for each in seen):
-                tensor = tensor.view_as(tensor)
-            if tensor is not None:
-                seen.append(tensor)
-            kept.append(tensor)
-        distinct.append(kept)
-    return distinct
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for x's device and casts x's dtype."""
-    kind = x.device.type
-    eligible = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return eligible and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer runs on x here: autocast's, or x's own."""
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+    return list(KronGroup.apply(layout, *(distinct(tensors) if compiling else tensors))[: len(counts)])
 
 
 def _cast_whole(op: str, layer: FrozenLinear, dtype: torch.dtype) -> FrozenLinear:
@@ -161,7 +127,3 @@ def _cast_whole(op: str, layer: FrozenLinear, dtype: torch.dtype) -> FrozenLinea
             checks.check_dtype(op, name, tensor)
     cast = {name: None if tensor is None else tensor.to(dtype) for name, tensor in whole.items()}
     return FrozenLinear(cast["weight"], layer.terms, cast["bias"], cast["base"])
-
-
-def _scale_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

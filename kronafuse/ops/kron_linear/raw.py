@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from ... import backends, checks, planner
 from ...shapes import KronShape
 from .. import triton_reasons
+from ..calls import flat_tokens, without_autocast
 from . import algorithm, eager, reference
 from .terms import FrozenLinear, KronTerm
 
@@ -90,13 +90,8 @@ def _unflatten(
     return layers
 
 
-def _flat_tokens(tensor: Tensor) -> Tensor:
-    """(..., K) as (M, K); a view wherever the leading dimensions have one stride."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
-
-
 def _flat_layers(layers: Sequence[FrozenLinear]) -> list[FrozenLinear]:
-    return [each if each.base is None else each._replace(base=_flat_tokens(each.base)) for each in layers]
+    return [each if each.base is None else each._replace(base=flat_tokens(each.base)) for each in layers]
 
 
 def _forward(
@@ -105,8 +100,8 @@ def _forward(
     layers = _unflatten(layer_tensors, term_tensors, Layout(op, impl, *layout))
     checks.check_group(op, x, layers)
     chosen = backends.choose(op, IMPLEMENTATIONS, impl, x.device, x.dtype)
-    with _without_autocast(x.device.type):
-        ys, saved = chosen.load().forward(_flat_tokens(x), _flat_layers(layers))
+    with without_autocast(x.device.type):
+        ys, saved = chosen.load().forward(flat_tokens(x), _flat_layers(layers))
     # Not y.view: autograd forbids changing in place, as y += 1, what a Function returns as a view.
     tokens = x.shape[:-1]
     return [*(torch.ops.aten._unsafe_view.default(y, [*tokens, y.shape[-1]]) for y in ys), *saved]
@@ -134,9 +129,9 @@ def _backward(
     *layout, saved, needs = rest
     layers = _unflatten(layer_tensors, term_tensors, Layout(op, impl, *layout))
     chosen = backends.choose(op, IMPLEMENTATIONS, impl, x.device, x.dtype)
-    flat_dys = [_flat_tokens(dy) for dy in dys]
-    with _without_autocast(x.device.type):
-        grads = chosen.load().backward(flat_dys, _flat_tokens(x), layers, saved, needs)
+    flat_dys = [flat_tokens(dy) for dy in dys]
+    with without_autocast(x.device.type):
+        grads = chosen.load().backward(flat_dys, flat_tokens(x), layers, saved, needs)
     wanted = [grad if need else x.new_empty(0) for grad, need in zip(grads, needs, strict=True)]
     return [wanted[0].view(x.shape), *wanted[1:]] if needs[0] else wanted
 
@@ -168,15 +163,6 @@ def _gradients_fake(x: Tensor, layers: Sequence[FrozenLinear], needs: Sequence[b
         x.new_empty(like[0], dtype=like[1]) if need and like is not None else x.new_empty(0)
         for like, need in zip(likes, needs, strict=True)
     ]
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast off inside a kernel: the public function has fixed the compute dtype."""
-    return (
-        torch.autocast(device_type, enabled=False)
-        if torch.is_autocast_enabled(device_type)
-        else nullcontext()
-    )
 
 
 for _name, _kernel, _fake in (

@@ -19,6 +19,7 @@ def _reduce_kernel(
     p_ptr,
     q_ptr,
     p_scale_ptr,
+    sums_ptr,
     out_ptr,
     scale,
     scale_ptr,
@@ -52,6 +53,7 @@ def _reduce_kernel(
     q_columns = q_ptr + offs_q.to(tl.int64) * stride_qq
     begin = pid_split.to(tl.int64) * steps * BLOCK_R
     acc = tl.zeros([BLOCK_P, BLOCK_Q], dtype=tl.float32)
+    sums = tl.zeros([BLOCK_P], dtype=tl.float32)
     for step in range(steps):
         first = begin + step * BLOCK_R
         row_mask = first + tl.arange(0, BLOCK_R) < rows
@@ -70,9 +72,20 @@ def _reduce_kernel(
         q_tile = tl.load(
             q_columns[None, :] + (m * stride_qm + g * stride_qg)[:, None], mask=q_mask, other=0.0
         )
+        if sums_ptr is not None:
+            sums += tl.sum(p_tile.to(tl.float32), 1)
+        # Rounding point 0 of operands that differ: the wider becomes the other's dtype.
+        if p_tile.dtype.primitive_bitwidth > q_tile.dtype.primitive_bitwidth:
+            p_tile = p_tile.to(q_tile.dtype)
+        q_tile = q_tile.to(p_tile.dtype)
         acc = dot(p_tile, q_tile, acc, PRECISION)
     if SPLIT == 1:
         acc = acc * scale_value(scale, scale_ptr)
+        sums = sums * scale_value(scale, scale_ptr)
+    if sums_ptr is not None:
+        if (pid % tiles) % q_blocks == 0:
+            sums_offsets = pid_split.to(tl.int64) * P + offs_p
+            tl.store(sums_ptr + sums_offsets, sums.to(sums_ptr.dtype.element_ty), mask=offs_p < P)
     # Rounding point: none into fp32 partial sums, once into the factor's dtype.
     offsets = (pid_split.to(tl.int64) * P + offs_p)[:, None] * Q + offs_q[None, :]
     tl.store(
@@ -88,6 +101,7 @@ def reduce_rows(
     scale: float | Tensor,
     dtype: torch.dtype,
     p_scale: Tensor | None = None,
+    sums: Tensor | None = None,
     config: tuning.ReduceConfig | None = None,
 ) -> Tensor:
     """(P, Q) = scale · Σ_{m,g} (p_scale[g] ⊙ p[m, g])ᵀ q[m, g], the same bits at every call.
@@ -95,17 +109,24 @@ def reduce_rows(
     p:       (M, G, P)  in any strides
     q:       (M, G, Q)  in any strides
     p_scale: (G, P)     in any strides
+    sums:    (P,)       gets scale · Σ_{m,g} p_scale[g] ⊙ p[m, g]; contiguous, any dtype
     config:  None for the one that `tuning` chooses
     """
     tokens, group, height = p.shape
     width, rows = q.shape[2], tokens * group
     out = new_output(p, (height, width), dtype)
-    config = config or tuning.reduce_config(p.dtype, rows, height, width)
-    target = out if config.split == 1 else new_output(p, (config.split, height, width), torch.float32)
+    wider = p.dtype if p.dtype.itemsize >= q.dtype.itemsize else q.dtype
+    config = config or tuning.reduce_config(wider, rows, height, width)
+    target, sums_target = out, sums
+    if config.split > 1:
+        target = new_output(p, (config.split, height, width), torch.float32)
+        if sums is not None:
+            sums_target = new_output(p, (config.split, 1, height), torch.float32)
     arguments = {
         "p_ptr": p,
         "q_ptr": q,
         "p_scale_ptr": p_scale,
+        "sums_ptr": sums_target,
         "out_ptr": target,
         **scale_arguments(scale),
         "rows": rows,
@@ -133,4 +154,6 @@ def reduce_rows(
     launch(_reduce_kernel, programs, p.device, arguments, constants, config.warps, config.stages)
     if config.split > 1:
         sum_partials(target, out, 0, scale)
+        if sums is not None and sums_target is not None:
+            sum_partials(sums_target, sums.view(1, height), 0, scale)
     return out

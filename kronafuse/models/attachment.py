@@ -1,0 +1,152 @@
+"""The handle of an adapter on a model: what every family of adapters has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.adapter_file import AdapterFile
+from ..nn.fields import number
+from ..nn.sharding import gathered, sharded_like
+from ..nn.spec import Spec
+from ..nn.trained import TrainedTensors
+from .checks import check_tensors
+from .host import Host
+
+
+class Attachment(ABC):
+    """One adapter on one model; as a context manager, removed at the end of the block.
+
+    spec: what was attached
+    """
+
+    def __init__(self, model: nn.Module, spec: Spec, host: Host, unmatched: dict[str, list[str]]) -> None:
+        self.model = model
+        self.spec = spec
+        self._host: Host | None = host
+        self._unmatched = unmatched
+        self._trained: dict[str, TrainedTensors] = {}
+        self._scale = 1.0
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(module name + "." + tensor name, tensor) of every trained tensor, in the model's order."""
+        for name, trained in self._trained.items():
+            for tensor_name, tensor in trained.named_parameters():
+                yield f"{name}.{tensor_name}", tensor
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every trained tensor, for an optimizer."""
+        for _, tensor in self.named_parameters():
+            yield tensor
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every trained tensor by name, sharing memory with the parameters.
+
+        Tensors that fully_shard has distributed are gathered: call it on every process, and write its file
+        on one.
+        """
+        return {name: gathered(tensor.detach()) for name, tensor in self.named_parameters()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Copy tensors into place, without a recompile of a compiled model.
+
+        Where fully_shard has distributed the tensors, call it on every process with the same ones. Raises
+        ValueError for missing, unknown or mismatched tensors and for NaN and infinity, TypeError for tensors
+        that are not floating, RuntimeError while a delta is merged; all before anything is copied.
+        """
+        self._unmerged("load_state_dict")
+        sizes = {name: trained.layout.sizes for name, trained in self._trained.items()}
+        whole = {
+            name: gathered(each) if isinstance(each, Tensor) else each for name, each in state_dict.items()
+        }
+        check_tensors("load_state_dict", sizes, whole)
+        with torch.no_grad():
+            for name, tensor in self.named_parameters():
+                tensor.copy_(sharded_like(tensor, whole[name]))
+
+    @property
+    @abstractmethod
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """Module name -> (N, K) of every adapted layer or block."""
+
+    @property
+    def scale(self) -> float:
+        """Multiplies every delta on top of the spec's scales; 1.0 at first. Setting it never recompiles.
+
+        Setting raises TypeError for what is no number, ValueError for NaN and infinity, RuntimeError while a
+        delta is merged.
+        """
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._live("scale")
+        self._unmerged("scale")
+        strength = number("Attachment", "scale", value)
+        for trained in self._trained.values():
+            trained.set_strength(strength)
+        self._scale = strength
+
+    @abstractmethod
+    def merge(self, keep: bool = True) -> None:
+        """Fold every delta into its layer's weight.
+
+        keep: hold on to the original weights, so that `unmerge` gives back the same Parameters with the same
+              bits. False frees them: `unmerge` then raises, and `remove` leaves the merged weights in the
+              model.
+
+        Raises RuntimeError, with nothing merged, where a base is no plain Linear (quantised, hooked,
+        sharded), and for a Bottleneck, which is no change of a weight.
+        """
+
+    @abstractmethod
+    def unmerge(self) -> None:
+        """Put the original weights back, bit for bit. Raises RuntimeError after merge(keep=False)."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Leave the model as it was before: the same modules, processors, hooks and requires_grad.
+
+        The trained tensors stay readable and can still be saved. Raises RuntimeError, with nothing changed,
+        where another library has since replaced an adapted layer. What merge(keep=False) folded in stays.
+        """
+
+    @property
+    @abstractmethod
+    def report(self) -> Any:
+        """What is adapted, how it runs and what is not; `print(attachment.report)` gives it as a table."""
+
+    def adapter_file(self) -> AdapterFile:
+        """What `formats.save` writes: the spec, the modules with their sizes, the scale, and the tensors."""
+        return AdapterFile(self.spec, self.modules, self._scale, self.state_dict())
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        count = sum(trained.layout.parameters for trained in self._trained.values())
+        state = "" if self._host is not None else ", removed"
+        size = f"{len(self._trained)} {self._places}, {count:,} parameters"
+        return f"Attachment({self.spec!r} on {type(self.model).__name__}, {size}{state})"
+
+    _places = "layers"
+    """What the adapters sit in."""
+
+    @abstractmethod
+    def _unmerged(self, what: str) -> None:
+        """Raises RuntimeError while a delta is merged."""
+
+    def _live(self, what: str) -> Host:
+        if self._host is None:
+            raise RuntimeError(f"{what}: the attachment has been removed from its model")
+        return self._host

@@ -1,0 +1,79 @@
+"""The autograd.Function around the raw ops: what is saved, and which gradients are asked for."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .raw import OP, Options, bottleneck_backward, bottleneck_forward
+
+
+class Bottleneck(torch.autograd.Function):
+    """y, then the pre-activation (M, H), empty where `keep` is off."""
+
+    @staticmethod
+    def forward(
+        options: Options,
+        keep: bool,
+        x: Tensor,
+        residual: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        down_bias: Tensor | None,
+        up_bias: Tensor | None,
+        scale: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return bottleneck_forward(x, residual, down, up, down_bias, up_bias, scale, *options, keep)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        options, _, x, residual, down, up, down_bias, up_bias, scale = inputs
+        _, pre = output
+        ctx.mark_non_differentiable(pre)
+        ctx.set_materialize_grads(False)
+        ctx.options = options
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        if not ctx.needs_input_grad[4]:
+            # Only the down layer's gradient reads x: else its shape and dtype alone are kept.
+            x = x.new_empty(()).expand(x.shape)
+        ctx.save_for_backward(x, down, up, down_bias, up_bias, scale, pre)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy = grads[0]
+        _, _, need_x, need_residual, *need = ctx.needs_input_grad
+        needs = [need_x, *need]
+        results: list[Tensor | None] = [None] * len(needs)
+        dresidual = None
+        if dy is not None and any(needs):
+            # Under create_graph the products are recorded, to raise where they are differentiated again.
+            recorded = torch.is_grad_enabled()
+            products = BottleneckGradient.apply if recorded else BottleneckGradient.forward
+            computed = products(ctx.options, needs, dy, *ctx.saved_tensors)
+            results = [grad if wanted else None for grad, wanted in zip(computed, needs, strict=True)]
+        if dy is not None and need_residual:
+            dresidual = dy.to(ctx.residual_dtype)
+        return None, None, results[0], dresidual, *results[1:]
+
+
+class BottleneckGradient(torch.autograd.Function):
+    """The gradients of a bottleneck, themselves not differentiable."""
+
+    @staticmethod
+    def forward(options: Options, needs: list[bool], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(bottleneck_backward(*tensors, *options, needs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(f"{OP}: second derivatives are not implemented")
+
+
+# torch binds the arguments of every apply to forward's signature; read once, it is not read at every call.
+Bottleneck.forward.__signature__ = inspect.signature(Bottleneck.forward)  # pyright: ignore[reportFunctionMemberAccess]

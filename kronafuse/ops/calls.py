@@ -1,0 +1,55 @@
+"""What every op does around its kernels: the compute dtype, scales, flat tokens, arguments that Dynamo takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device and casts x's dtype."""
+    kind = x.device.type
+    eligible = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return eligible and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer runs on x here: autocast's, or x's own."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast off inside a kernel: the public function has fixed the compute dtype."""
+    return (
+        torch.autocast(device_type, enabled=False)
+        if torch.is_autocast_enabled(device_type)
+        else nullcontext()
+    )
+
+
+def scale_dtype(x: Tensor) -> torch.dtype:
+    """What a float scale becomes under torch.compile, where a constant would recompile for every value."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def flat_tokens(tensor: Tensor) -> Tensor:
+    """(..., K) as (M, K); a view wherever the leading dimensions have one stride."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether any of the tensors that are there asks for a gradient."""
+    return any(each is not None and each.requires_grad for each in tensors)
+
+
+def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors with a view in place of every one met before: Dynamo takes no tensor twice in one Function."""
+    kept: list[Tensor | None] = []
+    for tensor in tensors:
+        if tensor is not None and any(tensor is each for each in kept):
+            tensor = tensor.view_as(tensor)
+        kept.append(tensor)
+    return kept
