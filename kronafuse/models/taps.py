@@ -54,6 +54,11 @@ class BlockAdapters(nn.Module, ABC):
         self._handles = []
         if len(self.adapters):
             self._register(block)
+            # Called after an error too: checkpointing ends its second pass by one, and what was seen would stay.
+            self._handles.append(block.register_forward_hook(self._forget, always_call=True))
+
+    def _forget(self, _block: nn.Module, _args: Any, _output: Any) -> None:
+        self._seen.clear()
 
     @abstractmethod
     def _register(self, block: nn.Module) -> None:
@@ -79,10 +84,6 @@ class BlockAdapters(nn.Module, ABC):
                 x = here if spec.source == sink else self._seen[spec.source]
                 value = adapter(x, value)
         return value
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A forward pass that ended in an error leaves tensors of its graph behind, which cannot be copied.
-        return {**self.__dict__, "_seen": {}}
 
 
 class TransformerAdapters(BlockAdapters):
@@ -121,7 +122,6 @@ class TransformerAdapters(BlockAdapters):
         self._after(block, self._leave)
 
     def _enter(self, _block: nn.Module, args: Any, kwargs: Any) -> Any:
-        self._seen.clear()
         (hidden,), rest, kwargs = _first(args, kwargs, "hidden_states")
         self._seen["attn1_in"] = self._stream(self._at("attn1_in", hidden, hidden))
         return (self._seen["attn1_in"], *rest), kwargs
@@ -186,9 +186,7 @@ class TransformerAdapters(BlockAdapters):
     def _leave(self, _block: nn.Module, _args: Any, output: Tensor) -> Tensor:
         carried = self._seen.pop("carried", None)
         value = output if carried is None else output + carried
-        value = self._stream(self._at("block_out", value, value))
-        self._seen.clear()
-        return value
+        return self._stream(self._at("block_out", value, value))
 
     @staticmethod
     def _stream(value: Tensor | None) -> Tensor:
@@ -214,9 +212,7 @@ class ResnetAdapters(BlockAdapters):
         return (value, *rest), kwargs
 
     def _leave(self, _block: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        value = self._at("res_out", output, output)
-        self._seen.clear()
-        return value
+        return self._at("res_out", output, output)
 
 
 def adapters_of(block: nn.Module) -> BlockAdapters | None:

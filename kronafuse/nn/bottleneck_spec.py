@@ -200,6 +200,8 @@ class Bottleneck(Spec):
                 f"Bottleneck: {'terms' if self.factors is None else 'factors (N1, K1)'} must divide the sizes (N, K)"
                 f"{f' of {name}' if name else ''}: {'; '.join(wrong)}"
             )
+        if self.form == "krona_res" and n != k:
+            raise ValueError(f"Bottleneck: form 'krona_res' adds X itself, so N = K; got N = {n}, K = {k}")
         return BottleneckLayout(
             n, k, self.form, self.block == RESNET, self.width, self.activation, self.terms, self.rank,
             self.factors, self.scale, self.init == "zero_up", self.dtype,

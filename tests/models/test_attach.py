@@ -70,7 +70,7 @@ def test_equals_the_dense_merge(name, spec):
     dense = copy.deepcopy(model)
     attachment = attach(model, spec, allow_partial=name in PARTIAL)
     randomize(attachment)
-    for layer_name, factors in attachment._factors.items():
+    for layer_name, factors in attachment._trained.items():
         term = factors.term()
         right = term.b @ term.b_down
         delta = right if term.a is None else torch.kron(term.a, right)
@@ -478,7 +478,7 @@ def test_refuses_a_model_that_is_already_wrapped(tmp_path):
 
 def test_refuses_what_is_no_model_or_spec():
     model, _ = build("dit")
-    with pytest.raises(TypeError, match="spec must be KronA, LoKr, LoRA or a loaded adapter file; got str"):
+    with pytest.raises(TypeError, match="spec must be KronA, LoKr, LoRA, Bottleneck or a loaded adapter file; got str"):
         attach(model, "krona")
     with pytest.raises(TypeError, match=r"unet or transformer; got str"):
         attach("unet", KRONA)

@@ -125,7 +125,7 @@ def test_json_round_trip(spec):
 
 
 def test_json_of_something_else():
-    with pytest.raises(ValueError, match="kind must be one of KronA, LoKr, LoRA; got 'DoRA'"):
+    with pytest.raises(ValueError, match="kind must be one of KronA, LoKr, LoRA, Bottleneck; got 'DoRA'"):
         spec_from_dict({"kind": "DoRA"})
     with pytest.raises(ValueError, match="LoRA has no fields colour"):
         spec_from_dict({"kind": "LoRA", "colour": 1})
