@@ -8,18 +8,23 @@ from typing import Any
 
 from .. import formats
 from ..models.attach import Attachment, attach
-from ..nn.specs import AdapterSpec, KronA, LoKr, LoRA
+from ..nn.bottleneck_spec import Bottleneck
+from ..nn.specs import KronA, LoKr, LoRA
 from .base import Base
 from .config import TrainConfig
 
-KINDS: dict[str, type[AdapterSpec]] = {"krona": KronA, "lokr": LoKr, "lora": LoRA}
+AdapterKind = type[KronA] | type[LoKr] | type[LoRA] | type[Bottleneck]
+KINDS: dict[str, AdapterKind] = {"krona": KronA, "lokr": LoKr, "lora": LoRA, "bottleneck": Bottleneck}
 """The values of the key `adapter`."""
 
-KEYS = ("factors", "factor", "rank", "alpha", "scale", "shuffled", "targets")
+KEYS = (
+    "factors", "factor", "rank", "alpha", "scale", "shuffled", "targets", "source", "sink", "width", "budget",
+    "activation", "form", "terms", "init",
+)  # fmt: skip
 """The keys that describe an adapter; which of them count depends on its kind."""
 
 
-def adapter_spec(config: TrainConfig) -> AdapterSpec:
+def adapter_spec(config: TrainConfig) -> KronA | LoKr | LoRA | Bottleneck:
     """The spec that a configuration describes; ValueError for a key that its kind does not have."""
     kind = KINDS[config.adapter]
     given: dict[str, Any] = {key: getattr(config, key) for key in KEYS if getattr(config, key) is not None}
@@ -29,6 +34,8 @@ def adapter_spec(config: TrainConfig) -> AdapterSpec:
         raise ValueError(
             f"adapter {config.adapter!r} does not take {', '.join(foreign)}; its keys are: {', '.join(taken)}"
         )
+    if "budget" in given:
+        given.setdefault("width", None)
     return kind(**given)
 
 

@@ -49,13 +49,15 @@ class TrainConfig(LoopSettings):
         "side of the square training images; the base model's own if absent", None, least=1
     )
 
-    adapter: str = option("kind of adapter", "krona", choices=("krona", "lokr", "lora"))
+    adapter: str = option("kind of adapter", "krona", choices=("krona", "lokr", "lora", "bottleneck"))
     factors: tuple[int, int] | None = option(
-        "krona: rows and columns of the left factor, 64x4 if absent", None
+        "krona: rows and columns of the left factor, 64x4 if absent; bottleneck: of its krona forms", None
     )
     factor: int | None = option("lokr: size of the left factor, 8 if absent; -1 for near-square", None)
     rank: int | None = option(
-        "lokr and lora: rank; lokr has a full right factor if absent, lora 16", None, least=1
+        "lokr and lora: rank; lokr has a full right factor if absent, lora 16; bottleneck: of its compacter form",
+        None,
+        least=1,
     )
     alpha: float | None = option("lokr and lora: the delta is scaled by alpha / rank", None, above=0)
     scale: float | None = option("multiplies the delta, 1 if absent", None)
@@ -63,6 +65,17 @@ class TrainConfig(LoopSettings):
     targets: tuple[str, ...] | None = option(
         "suffixes of the layers adapted; all attention projections if absent", None
     )
+
+    source: str | None = option("bottleneck: where it reads, attn2_out if absent", None)
+    sink: str | None = option("bottleneck: where it adds, ff_in if absent", None)
+    width: int | None = option("bottleneck: hidden width, 60 if absent", None, least=1)
+    budget: float | None = option("bottleneck: percent of the model's parameters, instead of a width", None)
+    activation: str | None = option("bottleneck: identity, relu, sigmoid, silu or gelu, relu if absent", None)
+    form: str | None = option("bottleneck: dense, compacter, krona or krona_res, dense if absent", None)
+    terms: int | None = option(
+        "bottleneck: Kronecker products that its compacter form sums, 4 if absent", None
+    )
+    init: str | None = option("how the adapter starts, the kind's own default if absent", None)
 
     checkpoint_every: int = option("steps between checkpoints; 0 saves at the end alone", 500, least=0)
     resume: str | None = option(

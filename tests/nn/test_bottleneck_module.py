@@ -173,3 +173,19 @@ def test_compile_fullgraph(form):
 def test_krona_res_needs_one_width():
     with pytest.raises(ValueError, match=r"krona_res.* N = K; got N = 60, K = 36"):
         SPECS["krona_res"].layout(60, 36)
+
+
+@pytest.mark.parametrize("activation", ACTS)
+@pytest.mark.parametrize("form", ["dense", "convolution", "compacter"])
+def test_activations_in_float32_with_gradients(form, activation):
+    """torch has had activations that are wrong in one dtype alone."""
+    adapter = made(replace(SPECS[form], activation=activation))
+    single = copy.deepcopy(adapter).float()
+    x, residual = inputs(form)
+    dy = torch.randn(residual.shape, dtype=torch.float64)
+    expected = formula(adapter, x, residual)
+    y = single(x.float(), residual.float())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    truth = torch.autograd.grad(expected, list(adapter.parameters()), dy)
+    for got, each in zip(torch.autograd.grad(y, list(single.parameters()), dy.float()), truth, strict=True):
+        torch.testing.assert_close(got.double(), each, rtol=1e-3, atol=1e-3)

@@ -44,6 +44,28 @@ def test_other_adapters(configure: Configure, adapter: str, options: dict[str, A
     assert {name.rsplit(".", 1)[1] for name in file.modules} == {"to_q", "to_k", "to_v"}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"width": 8, "activation": "gelu", "scale": 0.5},
+        {"budget": 15.0, "source": "res_in", "sink": "res_out", "init": "paper"},
+        {"source": "ff_in", "sink": "block_out", "form": "krona_res", "factors": (4, 2)},
+        {"form": "compacter", "terms": 2, "rank": 1, "width": 8},
+    ],
+    ids=["dense", "budget", "krona_res", "compacter"],
+)
+def test_bottlenecks(configure: Configure, options: dict[str, Any]) -> None:
+    """Trained, saved, resumed from and read again, in every form."""
+    config = configure(adapter="bottleneck", **{"factors": None, **options})
+    file = formats.load(run.train(config))
+    assert [name for name, tensor in file.tensors.items() if tensor.abs().max() == 0] == []
+    for name, value in options.items():
+        assert getattr(file.spec, name) == (None if name == "budget" else value)
+    again = configure(adapter="bottleneck", **{"factors": None, **options, "steps": 6, "resume": "latest"})
+    resumed = formats.load(run.train(again))
+    assert any(not torch.equal(resumed.tensors[name], each) for name, each in file.tensors.items())
+
+
 def test_rejects_keys_of_another_adapter(configure: Configure) -> None:
     with pytest.raises(
         ValueError, match="adapter 'lora' does not take factors; its keys are: rank, alpha, scale"
