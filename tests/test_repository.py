@@ -36,6 +36,8 @@ LAYERED = (
 """Imports point to the same line or one above; `kronafuse/__init__.py` only names what is loaded at first use."""
 INSIDE_AN_OP = {
     "terms": 0,
+    "activations": 0,
+    "call": 1,
     "maps": 1,
     "ref": 1,
     "tuning": 1,
@@ -140,6 +142,11 @@ SIGNATURES = {
     "Attachment.remove": "(self)",
     "formats.load": "(path)",
     "formats.save": "(path, adapter, format='kronafuse')",
+    "bottleneck": "(x, residual, down, up, *, down_bias=None, up_bias=None, activation='relu', scale=1.0, "
+    "impl='auto')",
+    "Bottleneck": "(source='attn2_out', sink='ff_in', width=60, *, activation='relu', scale=1.0, init='zero_up', "
+    "budget=None, form='dense', terms=4, rank=None, factors=None, dtype=torch.float32)",
+    "nn.BottleneckAdapter": "(layout, *, device=None)",
     "nn.KronLinear": "(base, spec=None)",
     "KronA": "(factors=(64, 4), *, targets=DEFAULT, per_target=None, scale=1.0, shuffled=False, "
     "init='diffusekrona', dtype=torch.float32)",
@@ -148,7 +155,7 @@ SIGNATURES = {
     "LoRA": "(rank=16, alpha=None, *, targets=DEFAULT, per_target=None, scale=1.0, shuffled=False, "
     "init='lora', dtype=torch.float32)",
 }
-NOT_YET = ("accelerate", "bottleneck", "Bottleneck")
+NOT_YET = ("accelerate",)
 """Public names of later work: absent, not stubbed."""
 
 
