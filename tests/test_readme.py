@@ -47,6 +47,20 @@ def test_sdxl_snippet(monkeypatch, tmp_path):
     assert len(snippet.strip().splitlines()) <= 14
 
 
+def test_bottleneck_snippet(monkeypatch, capsys):
+    snippet = next(each for each in SNIPPETS if "Bottleneck(" in each)
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(cross_attention_dim=768)
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "from_pretrained", lambda *_, **__: unet)
+    names: dict[str, object] = {}
+    exec(snippet, names)
+    assert len(names["adapter"].modules) == 16
+    assert "attn2_out -> ff_in, 1,511,040 parameters, 0.176 %" in capsys.readouterr().out
+    names["adapter"].remove()
+    within = names["attach"](unet, names["Bottleneck"](width=None, budget=0.75))
+    assert (within.spec.width, within.report.parameters) == (256, 6_406_336)
+
+
 def test_operators_snippet(capsys):
     snippet = next(each for each in SNIPPETS if "kron_linear_group" in each)
     names: dict[str, object] = {}

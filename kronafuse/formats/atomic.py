@@ -1,16 +1,21 @@
-"""Files that are either whole or not there."""
+"""Files and folders that are either whole or not there: written beside their place and renamed into it."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SUFFIX = ".partial"
 """Ends the name of everything that is still being written."""
+
+REPLACED_SUFFIX = ".replaced"
+"""Ends the name of a folder while its successor takes its place."""
 
 
 @contextmanager
@@ -37,6 +42,39 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder; it becomes `path` when the block ends, and is removed when the block raises.
+
+    A folder that was there before stays whole until then, and comes back if anything stops the renames.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(path)
+    partial, replaced = name_beside(path), path.with_name(f".{path.name}{REPLACED_SUFFIX}")
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(partial, path)
+    finally:
+        if replaced.exists() and not path.exists():
+            os.replace(replaced, path)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with written_beside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def name_beside(target: Path) -> Path:

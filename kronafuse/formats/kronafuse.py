@@ -17,14 +17,13 @@ from typing import Any, Protocol, runtime_checkable
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..nn.fields import number
-from ..nn.spec_json import spec_from_dict, spec_to_dict
-from ..version import VERSION
+from . import unet_finetune
 from .adapter_file import AdapterFile
+from .header import damaged, header_of, parse_header, spec_and_scale
 from .tensors import check_values, save_tensors
 
 FORMAT = "kronafuse"
-FORMAT_VERSION = 1
+FORMATS = (FORMAT, unet_finetune.FORMAT)
 
 
 @runtime_checkable
@@ -39,15 +38,17 @@ class HasAdapterFile(Protocol):
 def save(path: str | os.PathLike[str], adapter: AdapterFile | HasAdapterFile, format: str = FORMAT) -> None:
     """Write an adapter: beside the place and renamed, so that an old file stays whole until the new one is.
 
-    path:    the file, conventionally *.safetensors; its folder must exist
+    path:    the file, conventionally *.safetensors, or the folder; the one it is in must exist
     adapter: an Attachment, or what `load` returned
-    format:  "kronafuse"
+    format:  "kronafuse", one safetensors file; "unet_finetune", a folder as the bottleneck adapters of the
+             paper were released (`formats.unet_finetune`)
 
-    Raises TypeError for what is no adapter, ValueError for another format and for factors with NaN or
-    infinity, OSError where the disk refuses; nothing half-written is left.
+    Raises TypeError for what is no adapter, ValueError for another format, for factors with NaN or infinity
+    and for an adapter that the format cannot hold, OSError where the disk refuses; nothing half-written is
+    left.
     """
-    if format != FORMAT:
-        raise ValueError(f"formats.save: format must be {FORMAT!r}; got {format!r}")
+    if format not in FORMATS:
+        raise ValueError(f"formats.save: format must be {' or '.join(map(repr, FORMATS))}; got {format!r}")
     if not isinstance(adapter, (AdapterFile, HasAdapterFile)):
         raise TypeError(
             "formats.save: adapter must be an Attachment or what formats.load returned; got"
@@ -55,23 +56,22 @@ def save(path: str | os.PathLike[str], adapter: AdapterFile | HasAdapterFile, fo
         )
     file = adapter if isinstance(adapter, AdapterFile) else adapter.adapter_file()
     check_values("formats.save", file.tensors)
-    header = {
-        "format_version": FORMAT_VERSION,
-        "kronafuse_version": VERSION,
-        "spec": spec_to_dict(file.spec),
-        "modules": {name: list(size) for name, size in file.modules.items()},
-        "scale": number("formats.save", "scale", file.scale),
-    }
+    if format == unet_finetune.FORMAT:
+        return unet_finetune.save(path, file)
+    header = {**header_of(file), "modules": {name: list(size) for name, size in file.modules.items()}}
     save_tensors(file.tensors, Path(path), {FORMAT: json.dumps(header)})
 
 
 def load(path: str | os.PathLike[str]) -> AdapterFile:
-    """Read an adapter file whole; `attach(model, load(path))` puts it on a model.
+    """Read an adapter file whole, or a folder that `save` wrote; `attach(model, load(path))` puts it on a model.
 
-    Raises FileNotFoundError, IsADirectoryError, and ValueError for a truncated file, one of another kind,
-    one of a newer format, and factors that are not floating or not finite.
+    Raises FileNotFoundError, IsADirectoryError for another folder, and ValueError for a truncated file, one of
+    another kind, one of a newer format, and factors that are not floating or not finite. A folder in the
+    released layout of bottleneck adapters that `save` did not write is for `formats.unet_finetune.load`.
     """
     if os.path.isdir(path):
+        if unet_finetune.is_layout(path):
+            return unet_finetune.load(path)
         raise IsADirectoryError(
             errno.EISDIR, "formats.load: a folder; name the adapter file in it", os.fspath(path)
         )
@@ -90,29 +90,15 @@ def load(path: str | os.PathLike[str]) -> AdapterFile:
 
 
 def _parse(path: str | os.PathLike[str], text: str, tensors: dict[str, Tensor]) -> AdapterFile:
-    try:
-        header = json.loads(text)
-        version, writer = header["format_version"], header["kronafuse_version"]
-        if type(version) is not int or version < 1:
-            raise ValueError(f"format_version must be a positive integer; got {version!r}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"formats.load: the metadata of {path} is damaged: {error!r}") from error
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"formats.load: {path} has format version {version}, written by kronafuse {writer};"
-            f" kronafuse {VERSION} reads up to {FORMAT_VERSION}"
-        )
-    try:
-        spec = spec_from_dict(header["spec"])
+    header = parse_header(path, text)
+    with damaged(path):
+        spec, scale = spec_and_scale(header)
         modules = {name: (int(n), int(k)) for name, (n, k) in header["modules"].items()}
-        scale = number("formats.load", "scale", header["scale"])
         expected = {
             f"{name}.{factor}": size
             for name, (n, k) in modules.items()
             for factor, size in spec.at(name).layout(n, k, name).sizes.items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"formats.load: the metadata of {path} is damaged: {error!r}") from error
     found: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:

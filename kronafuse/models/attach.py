@@ -107,6 +107,7 @@ def _attach_bottlenecks(
     if file is not None:
         sizes = {block.name: block.size for block in blocks}
         check_file_modules(type(model).__name__, "blocks", sizes, file)
+        unmatched |= {block.name: ["not in the file"] for block in blocks if block.name not in file.modules}
         blocks = [block for block in blocks if block.name in file.modules]
     spec = spec.within(_own_parameters(model), {block.name: block.size for block in blocks})
     layouts = {block.name: spec.layout(*block.size, block.name) for block in blocks}

@@ -41,8 +41,6 @@ def adapter_spec(config: TrainConfig) -> KronA | LoKr | LoRA | Bottleneck:
 
 def attach_file(base: Base, path: Path) -> Attachment:
     """Puts the adapter of a file on the base model; the errors are those of `formats.load` and `attach`."""
-    if path.is_dir():
-        raise IsADirectoryError(f"adapter {path} is a folder; name the file in it, as adapter.safetensors")
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"adapter file {path} does not exist")
     return attach(base.unet, formats.load(path))

@@ -202,7 +202,7 @@ def test_a_link_keeps_pointing_to_the_file(tmp_path):
 
 def test_save_refuses_other_formats_and_missing_folders(tmp_path):
     _, attachment = adapted()
-    with pytest.raises(ValueError, match="format must be 'kronafuse'; got 'peft'"):
+    with pytest.raises(ValueError, match="format must be 'kronafuse' or 'unet_finetune'; got 'peft'"):
         formats.save(tmp_path / "a.safetensors", attachment, format="peft")
     with pytest.raises(FileNotFoundError, match="the folder does not exist"):
         formats.save(tmp_path / "nowhere" / "a.safetensors", attachment)

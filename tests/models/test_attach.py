@@ -478,7 +478,9 @@ def test_refuses_a_model_that_is_already_wrapped(tmp_path):
 
 def test_refuses_what_is_no_model_or_spec():
     model, _ = build("dit")
-    with pytest.raises(TypeError, match="spec must be KronA, LoKr, LoRA, Bottleneck or a loaded adapter file; got str"):
+    with pytest.raises(
+        TypeError, match="spec must be KronA, LoKr, LoRA, Bottleneck or a loaded adapter file; got str"
+    ):
         attach(model, "krona")
     with pytest.raises(TypeError, match=r"unet or transformer; got str"):
         attach("unet", KRONA)

@@ -212,6 +212,23 @@ def test_file_of_another_model(tmp_path):
     assert snapshot(model) == before
 
 
+def test_file_of_some_blocks():
+    """A file may leave blocks out; they stay without an adapter, and the report says so."""
+    model, inputs = build("sd15")
+    start = output(model, inputs)
+    with attach(model, BEST) as attachment:
+        randomize(attachment)
+        whole = attachment.adapter_file()
+    first = next(iter(whole.modules))
+    tensors = {key: value for key, value in whole.tensors.items() if key.startswith(f"{first}.")}
+    part = replace(whole, modules={first: whole.modules[first]}, tensors=tensors)
+    with attach(model, part) as attachment:
+        assert list(attachment.modules) == [first]
+        assert str(attachment.report).count("without an adapter: ") == 3
+        assert "transformer_blocks.0, not in the file" in str(attachment.report)
+        assert (output(model, inputs) - start).abs().max() > 1e-4
+
+
 def test_load_state_dict_refuses_whole():
     model, _ = build("sd15")
     attachment = attach(model, BEST)

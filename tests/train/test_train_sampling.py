@@ -207,6 +207,6 @@ def test_rejects_output_before_reading_the_model(tmp_path: Path) -> None:
 
 def test_rejects_an_adapter_that_is_a_folder(class_base: Path, tmp_path: Path) -> None:
     """The output folder of a training run, given in place of the file in it."""
-    with pytest.raises(IsADirectoryError, match="is a folder; name the file in it"):
+    with pytest.raises(IsADirectoryError, match="a folder; name the adapter file in it"):
         draw_images(class_base, tmp_path, ["0"], tmp_path / "images", count=1, scale=None, resolution=None,
                     precision="fp32", **OPTIONS)  # fmt: skip
