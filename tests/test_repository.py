@@ -37,7 +37,7 @@ LAYERED = (
 INSIDE_AN_OP = {
     "terms": 0,
     "activations": 0,
-    "call": 1,
+    "call": 0,
     "maps": 1,
     "ref": 1,
     "tuning": 1,

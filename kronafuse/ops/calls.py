@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,3 +56,40 @@ def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
             tensor = tensor.view_as(tensor)
         kept.append(tensor)
     return kept
+
+
+class _PositionalArguments(inspect.BoundArguments):
+    """All arguments of a call, given by position and none left out."""
+
+    def __init__(self, signature: inspect.Signature, given: tuple[Any, ...]) -> None:
+        super().__init__(signature, OrderedDict())
+        self._given = given
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return self._given
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return {}
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+class _PositionalSignature(inspect.Signature):
+    """A signature that does not look at the arguments bound to it."""
+
+    def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        return super().bind(*args, **kwargs) if kwargs else _PositionalArguments(self, args)
+
+
+def bind_by_position(function: type[torch.autograd.Function]) -> None:
+    """Spares the Function the binding of its arguments to forward's signature, which torch does at every apply.
+
+    Its forward takes all of them by position, without defaults.
+    """
+    forward: Any = function.forward
+    signature = inspect.signature(forward)
+    assert all(each.default is each.empty for each in signature.parameters.values())
+    forward.__signature__ = _PositionalSignature(list(signature.parameters.values()))

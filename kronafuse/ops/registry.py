@@ -5,14 +5,31 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from .kron_linear.raw import IMPLEMENTATIONS
+from .bottleneck import raw as bottleneck
+from .kron_linear import raw as kron_linear
+
+IMPLEMENTATIONS = {"kron_linear": kron_linear.IMPLEMENTATIONS, "bottleneck": bottleneck.IMPLEMENTATIONS}
+"""Op that takes `impl` -> what can run it."""
 
 
 def available_impls() -> dict[str, list[str]]:
-    """Implementation -> reasons why it cannot run here on the best device; empty means that it can.
+    """Implementation -> reasons why it cannot run here on the best device; empty means that it can, for every op.
 
-    Asked for float32 tensors on the CUDA device where there is one, else on the CPU.
+    Asked for float32 tensors on the CUDA device where there is one, else on the CPU. A reason that holds for some
+    ops only names them.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    by_name = {each.name: each.reasons(device, torch.float32) for each in IMPLEMENTATIONS}
-    return {name: by_name.get(name, ["not built yet"]) for name in backends.NAMES if name != "auto"}
+    return {name: _reasons(name, device) for name in backends.NAMES if name != "auto"}
+
+
+def _reasons(name: str, device: torch.device) -> list[str]:
+    """Why the implementation cannot run; what all ops say, once."""
+    ops: dict[str, list[str]] = {}
+    for op, implementations in IMPLEMENTATIONS.items():
+        found = [each.reasons(device, torch.float32) for each in implementations if each.name == name]
+        for reason in found[0] if found else ["not built yet"]:
+            ops.setdefault(reason, []).append(op)
+    return [
+        reason if len(named) == len(IMPLEMENTATIONS) else f"{', '.join(named)}: {reason}"
+        for reason, named in ops.items()
+    ]

@@ -240,7 +240,7 @@ def line(record: Record) -> str:
     """One record as a line of a table."""
     instructions = " ".join(f"{name} {count}" for name, count in record.instructions.items() if count)
     return (
-        f"sm_{record.architecture:<4}{record.kernel:<8}{record.dtype:<5}{record.problem:<34}"
+        f"sm_{record.architecture:<4}{record.kernel:<20}{record.dtype:<5}{record.problem:<34}"
         f"{record.registers:>4} registers {record.spilled:>5} spilled {record.shared:>7} shared  "
         f"{record.seconds:>5} s  {instructions}  {'; '.join(record.problems())}"
     )

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from .. import checks
+from ..ops.bottleneck.call import Call, Needs
 from ..ops.kron_linear import tuning
 from ..ops.kron_linear.algorithm import backward, forward
 from ..ops.kron_linear.terms import FrozenLinear, KronTerm
 from ..ops.launch import Architecture
 from ..shapes import KronShape
+from . import bottleneck_cases
+from .bottleneck_cases import BottleneckCase
 from .cases import ODD_CASES, Case
 
 ARCHITECTURES = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
@@ -66,9 +71,37 @@ def merge_weight(case: Case, dtype: torch.dtype) -> None:
     kernels.merge(weight, term.a, term.b, term.b_down, scale, case.shuffled)
 
 
+def bottleneck_step(case: BottleneckCase, dtype: torch.dtype, *, everything: bool = False) -> None:
+    """Forward and backward of one bottleneck on meta tensors, all gradients of tensors.
+
+    everything: a tensor scale whose gradient is asked for, and x and residual in fp32 as autocast leaves them
+    """
+    from ..ops.bottleneck import kernels
+
+    wide = torch.float32 if everything else dtype
+    x = meta(case.tokens, case.in_features, dtype=wide)
+    added = {"x": x, "other": meta(case.tokens, case.out_features, dtype=wide), "none": None}[case.residual]
+    call = Call(
+        x,
+        added,
+        meta(case.width, case.in_features, dtype=dtype),
+        meta(case.out_features, case.width, dtype=dtype),
+        meta(case.width, dtype=dtype) if case.biases else None,
+        meta(case.out_features, dtype=dtype) if case.biases else None,
+        meta(dtype=torch.float32) if everything else 0.5,
+        case.activation,
+        dtype,
+        case.residual == "x",
+    )
+    y, pre = kernels.forward(call, True)
+    kernels.backward(y, call, pre, Needs(True, True, True, case.biases, case.biases, everything))
+
+
 Problem = tuple[str, Callable[[], object]]
 FAST = (Case("krona_64x4", 4096, KronShape(64, 4, 20, 320)), Case("lokr_f8", 4096, KronShape(8, 8, 160, 160)))
 """Thin and fat: between them every kernel, every kind of tail but multiply-adds of B, and W in both layouts."""
+FAST_BOTTLENECKS = ("sdxl_640-width_160", "sd15_1280-width_256")
+"""A width in two parts, and the widest."""
 OTHERS = (
     Case("krona_4x64", 1024, KronShape(4, 64, 160, 10)),
     Case("krona_shuffled", 1024, KronShape(64, 8, 20, 160), shuffled=True),
@@ -109,17 +142,34 @@ def tiles(architecture: Architecture, dtype: torch.dtype) -> Iterator[Problem]:
                 )
 
 
+def bottlenecks(dtype: torch.dtype) -> Iterator[Problem]:
+    """The case list; every activation once; what autocast leaves in fp32 beside 16-bit products, at every width."""
+    for case in bottleneck_cases.CASES.values():
+        yield case.name, partial(bottleneck_step, case, dtype)
+        if case.name.startswith("sd15_1280"):
+            yield f"{case.name}-everything", partial(bottleneck_step, case, dtype, everything=True)
+    for activation in checks.ACTIVATIONS:
+        case = replace(bottleneck_cases.CASES[FAST_BOTTLENECKS[0]], activation=activation)
+        yield f"{case.name}-{activation}", partial(bottleneck_step, case, dtype)
+
+
 def problems(architecture: Architecture, dtype: torch.dtype, *, everything: bool) -> Iterator[Problem]:
     """What to run for the launches to compile; float16's code is bfloat16's but for the types."""
     for case in FAST:
         yield case.name, partial(train_step, case, dtype)
     yield f"{FAST[0].name}-merge", partial(merge_weight, FAST[0], dtype)
+    for name in FAST_BOTTLENECKS:
+        yield name, partial(bottleneck_step, bottleneck_cases.CASES[name], dtype)
     if everything and dtype != torch.float16:
         for case in OTHERS:
             yield case.name, partial(train_step, case, dtype)
             yield f"{case.name}-merge", partial(merge_weight, case, dtype)
         yield from tiles(architecture, dtype)
+        yield from bottlenecks(dtype)
     if everything and dtype == torch.bfloat16 and architecture.capability in ODD_ARCHITECTURES:
         for case in ODD_CASES.values():
             yield case.name, partial(train_step, case, dtype)
             yield f"{case.name}-everything", partial(train_step, case, dtype, everything=True)
+        for case in bottleneck_cases.ODD_CASES.values():
+            yield case.name, partial(bottleneck_step, case, dtype)
+            yield f"{case.name}-everything", partial(bottleneck_step, case, dtype, everything=True)

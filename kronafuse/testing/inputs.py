@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops.kron_linear.terms import FrozenLinear, KronTerm
+from .bottleneck_cases import BottleneckCase
 from .cases import Case
 
 
@@ -67,3 +68,35 @@ def case_inputs(
         random(source, m, shape.n, dtype=dtype, strided=strided) if base else None,
     )
     return x, layer
+
+
+def bottleneck_inputs(
+    case: BottleneckCase,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    tokens: int | None = None,
+    factor_dtype: torch.dtype | None = None,
+    scale: Tensor | None = None,
+    strided: bool = False,
+) -> dict[str, Tensor]:
+    """Tensors of a bottleneck by the name of its argument, x (M, K) first; the delta is of order 1.
+
+    A residual that is x itself is not among them, nor are biases that the case has not.
+    """
+    source, factors = generator(seed), factor_dtype or dtype
+    m = case.tokens if tokens is None else min(tokens, case.tokens)
+    n, h, k = case.out_features, case.width, case.in_features
+
+    def factor(*size: int) -> Tensor:
+        value = (random(source, *size) / size[-1] ** 0.5).to(factors)
+        return value.t().contiguous().t() if strided else value
+
+    tensors = {"x": random(source, m, k, dtype=dtype, strided=strided)}
+    if case.residual == "other":
+        tensors["residual"] = random(source, m, n, dtype=dtype, strided=strided)
+    tensors |= {"down": factor(h, k), "up": factor(n, h)}
+    if case.biases:
+        tensors["down_bias"] = random(source, h, dtype=factors, strided=strided)
+        tensors["up_bias"] = random(source, n, dtype=factors, strided=strided)
+    return tensors if scale is None else {**tensors, "scale": scale}

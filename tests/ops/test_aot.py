@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[2]
 OLDEST = "3.6.0"
 """The Triton that the oldest supported torch brings; `make aot` puts it beside the environment's own."""
 OLDEST_PATH = ROOT / ".cache" / f"triton-{OLDEST}"
-KERNELS = {"shrink", "sum", "mix", "reduce", "dense", "linear", "merge"}
+KERNELS = {
+    "shrink", "sum", "mix", "reduce", "dense", "linear", "merge", "bottleneck_forward", "bottleneck_backward"
+}  # fmt: skip
 
 
 KNOWN_SPILLS = {("3.9.0", 120, "reduce", "lokr_f8"): 8}
@@ -67,6 +69,9 @@ def assert_shippable(records: list[Record], kernels: set[str]) -> None:
     for record in records:
         if record.kernel == "linear" and record.dtype != "fp32":
             assert_linear_instructions(record)
+        if record.kernel.startswith("bottleneck") and record.dtype != "fp32":
+            counts = record.instructions
+            assert counts["mma"] + counts["wgmma"] + counts["tcgen05"] > 0, record
 
 
 def assert_linear_instructions(record: Record) -> None:

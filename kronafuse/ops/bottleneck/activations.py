@@ -18,16 +18,6 @@ FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Activation -> h = act(pre)."""
 
-FORWARD_INTO: dict[str, Callable[[Tensor, Tensor], object]] = {
-    "identity": lambda pre, out: out.copy_(pre),
-    "relu": lambda pre, out: torch.clamp_min(pre, 0, out=out),
-    "sigmoid": lambda pre, out: torch.sigmoid(pre, out=out),
-    "silu": lambda pre, out: aten.silu.out(pre, out=out),
-    # torch 2.13's gelu.out leaves an `out` with gaps unwritten on the CPU in fp32.
-    "gelu": lambda pre, out: out.copy_(torch.nn.functional.gelu(pre)),
-}
-"""Activation -> the same written into `out`."""
-
 BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "identity": lambda dh, pre: dh,
     "relu": lambda dh, pre: aten.threshold_backward(dh, pre, 0),

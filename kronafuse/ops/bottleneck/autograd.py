@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..calls import bind_by_position
 from .raw import OP, Options, bottleneck_backward, bottleneck_forward
 
 
 class Bottleneck(torch.autograd.Function):
-    """y, then the pre-activation (M, H), empty where `keep` is off."""
+    """(y, pre-activation) of x, residual, down, up, down_bias, up_bias and the scale where it is a tensor."""
 
     @staticmethod
-    def forward(
-        options: Options,
-        keep: bool,
-        x: Tensor,
-        residual: Tensor | None,
-        down: Tensor,
-        up: Tensor,
-        down_bias: Tensor | None,
-        up_bias: Tensor | None,
-        scale: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        return bottleneck_forward(x, residual, down, up, down_bias, up_bias, scale, *options, keep)
+    def forward(options: Options, keep: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return bottleneck_forward(*tensors, *options, keep)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -75,5 +65,4 @@ class BottleneckGradient(torch.autograd.Function):
         raise RuntimeError(f"{OP}: second derivatives are not implemented")
 
 
-# torch binds the arguments of every apply to forward's signature; read once, it is not read at every call.
-Bottleneck.forward.__signature__ = inspect.signature(Bottleneck.forward)  # pyright: ignore[reportFunctionMemberAccess]
+bind_by_position(Bottleneck)

@@ -63,3 +63,24 @@ def result_dtype(x: Tensor, residual: Tensor | None, dtype: torch.dtype, residua
     """y's dtype: the compute dtype, promoted with the residual's."""
     added = x if residual_is_x else residual
     return dtype if added is None else torch.promote_types(dtype, added.dtype)
+
+
+def scale_gradients(
+    call: Call, needs: Needs, dup: Tensor, dup_bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(dup, dup_bias, dscale) from the first two at scale 1: the delta is linear in both and in the scale."""
+    assert isinstance(call.scale, Tensor)
+    wide = torch.promote_types(call.dtype, torch.float32)
+    dup = dup.to(wide)
+    dscale = (dup * call.up.to(wide)).sum()
+    if call.up_bias is not None:
+        assert dup_bias is not None
+        dup_bias = dup_bias.to(wide)
+        dscale = dscale + (dup_bias * call.up_bias.to(wide)).sum()
+    return (
+        (dup * call.scale).to(call.up.dtype).contiguous() if needs.up else None,
+        (dup_bias * call.scale).to(call.up_bias.dtype)
+        if dup_bias is not None and call.up_bias is not None and needs.up_bias
+        else None,
+        dscale.to(call.scale.dtype),
+    )

@@ -1,128 +1,121 @@
-"""The bottleneck on torch's own GEMMs, on any device: nothing M×N beyond y, nothing M×K beyond dx.
-
-The up bias is one more column of the up layer, beside a hidden unit that is always 1: it costs no pass over y.
-"""
+"""The bottleneck on torch's own GEMMs, on any device: nothing M×N beyond y, nothing M×K beyond dx."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .activations import BACKWARD, FORWARD, FORWARD_INTO
-from .call import Call, Gradients, Needs, result_dtype
+from .activations import BACKWARD, FORWARD
+from .call import Call, Gradients, Needs, result_dtype, scale_gradients
 
 CHUNK_ELEMENTS = 1 << 19
-"""Elements of a product that exist at a time where it is added to a residual of another dtype."""
+"""Elements of a product that exist at a time where it is added to, or becomes, another dtype."""
+NARROW, NARROW_TOKENS = 64, 256
+"""Up to this width, from so many tokens up, up's gradient is faster as the transpose of one; measured on CPUs."""
+TINY = 16
+"""Up to this width a transposed copy of up is faster to multiply by; measured on CPUs."""
+linear = torch.nn.functional.linear
 
 
 def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor]:
     """(y, pre-activation where it is kept)."""
     x, dtype = call.x.to(call.dtype), call.dtype
-    bias = None if call.down_bias is None else call.down_bias.to(dtype)
-    pre = torch.nn.functional.linear(x, call.down.to(dtype), bias)
-    alpha, rest = _alpha(call.scale)
-    hidden, up = _hidden(pre, call.activation, call.up_bias is not None), _up_with_bias(call)
-    if rest is not None:
-        hidden = hidden * rest.to(dtype)
+    pre = linear(x, call.down.to(dtype), None if call.down_bias is None else call.down_bias.to(dtype))
     out_dtype = result_dtype(call.x, call.residual, dtype, call.residual_is_x)
-    y = _add_product(call.residual, hidden, up.t(), alpha, out_dtype)
+    bias = None if call.up_bias is None else call.up_bias.to(dtype)
+    hidden = FORWARD[call.activation](pre)
+    y = _add_linear(call.residual, hidden, call.up.to(dtype), bias, call.scale, out_dtype)
     return y, pre if keep else pre.new_empty(0)
 
 
 def backward(dy: Tensor, call: Call, pre: Tensor, needs: Needs) -> Gradients:
     """The gradients asked for; the others are None."""
     low, dtype = dy.to(call.dtype), call.dtype
-    dx = ddown = ddown_bias = dscale = None
-    if needs.x or needs.down or needs.down_bias or needs.scale:
+    dx = ddown = ddown_bias = None
+    if needs.x or needs.down or needs.down_bias:
         up = call.up.to(dtype)
-        if needs.scale:
-            through_up = low @ up
-            dscale = _scale_gradient(low, call, pre, through_up)
-            dhidden = through_up * (call.scale.to(dtype) if isinstance(call.scale, Tensor) else call.scale)
-        else:
-            dhidden = _scaled_product(low, up, call.scale)
+        weight = up.t().contiguous() if up.shape[1] <= TINY else up.t()
+        dhidden = _add_linear(None, low, weight, None, call.scale, dtype)
         dpre = BACKWARD[call.activation](dhidden, pre)
         if needs.x:
             base = dy if call.residual_is_x else None
-            dx = _add_product(base, dpre, call.down.to(dtype), 1.0, call.x.dtype)
+            dx = _add_linear(base, dpre, call.down.to(dtype).t(), None, 1.0, call.x.dtype)
         if needs.down:
             ddown = (dpre.t() @ call.x.to(dtype)).to(call.down.dtype)
         if needs.down_bias:
             assert call.down_bias is not None
             ddown_bias = dpre.sum(0).to(call.down_bias.dtype)
-    return Gradients(dx, ddown, *_up_gradients(low, call, pre, needs, ddown_bias), dscale)
+    dup, dup_bias, dscale = _up_gradients(low, call, pre, needs)
+    return Gradients(dx, ddown, dup, ddown_bias, dup_bias, dscale)
 
 
 def _up_gradients(
-    low: Tensor, call: Call, pre: Tensor, needs: Needs, ddown_bias: Tensor | None
+    low: Tensor, call: Call, pre: Tensor, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of up, down_bias (passed on) and up_bias; those of up and its bias are one product."""
+    """Gradients of up, of its bias and of the scale."""
     dup = dup_bias = None
-    if needs.up:
-        width = call.up.shape[1]
-        product = _scaled_product(low.t(), _hidden(pre, call.activation, needs.up_bias), call.scale)
-        dup = product[:, :width].to(call.up.dtype, memory_format=torch.contiguous_format)
-        dup_bias = product[:, width] if needs.up_bias else None
-    elif needs.up_bias:
-        dup_bias = low.sum(0) * call.scale
+    if needs.up or needs.scale:
+        hidden, scale = FORWARD[call.activation](pre), 1.0 if needs.scale else call.scale
+        if hidden.shape[1] <= NARROW and hidden.shape[0] >= NARROW_TOKENS:
+            dup = _scaled_product(hidden.t(), low, scale).t()
+        else:
+            dup = _scaled_product(low.t(), hidden, scale)
+    if call.up_bias is not None and (needs.up_bias or needs.scale):
+        dup_bias = low.sum(0)
+    if needs.scale:
+        assert dup is not None
+        return scale_gradients(call, needs, dup, dup_bias)
+    if dup is not None:
+        dup = dup.to(call.up.dtype).contiguous()
     if dup_bias is not None:
         assert call.up_bias is not None
-        dup_bias = dup_bias.to(call.up_bias.dtype, memory_format=torch.contiguous_format)
-    return dup, ddown_bias, dup_bias
+        dup_bias = (dup_bias * call.scale).to(call.up_bias.dtype)
+    return dup, dup_bias, None
 
 
-def _scale_gradient(low: Tensor, call: Call, pre: Tensor, through_up: Tensor) -> Tensor:
-    """Σ dy ⊙ delta at scale 1, without the delta: through the hidden layer, and the bias's own part."""
-    assert isinstance(call.scale, Tensor)
-    gradient = (through_up * FORWARD[call.activation](pre)).sum(dtype=call.scale.dtype)
-    if call.up_bias is not None:
-        gradient = gradient + torch.dot(low.sum(0, dtype=call.scale.dtype), call.up_bias.to(call.scale.dtype))
-    return gradient
+def _add_linear(
+    base: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float | Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """base + scale · (x weightᵀ + bias) in `dtype`, contiguous, without another tensor of its size.
 
-
-def _hidden(pre: Tensor, activation: str, bias: bool) -> Tensor:
-    """act(pre), (M, H); with the unit that carries a bias, (M, H + 1)."""
-    if not bias:
-        return FORWARD[activation](pre)
-    hidden = pre.new_empty((pre.shape[0], pre.shape[1] + 1))
-    FORWARD_INTO[activation](pre, hidden[:, :-1])
-    hidden[:, -1] = 1
-    return hidden
-
-
-def _up_with_bias(call: Call) -> Tensor:
-    """up (N, H); with its bias as one more column, (N, H + 1)."""
-    up = call.up.to(call.dtype)
-    return up if call.up_bias is None else torch.cat((up, call.up_bias.to(call.dtype)[:, None]), 1)
+    In 16 bits a bias goes into the product's rounding, which is finer than the sum's, not into a sum of its own.
+    """
+    if dtype != x.dtype or (base is not None and base.dtype != dtype):
+        out = x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
+        step = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for first in range(0, x.shape[0], step):
+            rows = slice(first, first + step)
+            product = _add_linear(None, x[rows], weight, bias, scale, x.dtype)
+            out[rows] = product if base is None else base[rows] + product
+        return out
+    alpha, rest = _alpha(scale)
+    if rest is not None:
+        delta = linear(x, weight, bias).mul_(rest)
+        return delta if base is None else delta.add_(base)
+    if bias is None:
+        return (
+            _scaled_product(x, weight.t(), alpha)
+            if base is None
+            else torch.addmm(base, x, weight.t(), alpha=alpha)
+        )
+    if base is None or not base.is_contiguous() or dtype in (torch.float16, torch.bfloat16):
+        delta = torch.addmm(bias, x, weight.t(), beta=alpha, alpha=alpha)
+        return delta if base is None else delta.add_(base)
+    return torch.add(base, bias, alpha=alpha).addmm_(x, weight.t(), alpha=alpha)
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float | Tensor) -> Tensor:
     """scale · left right; the scale multiplies the accumulator where it is known on the host."""
     alpha, rest = _alpha(scale)
+    if alpha == 1 and rest is None:
+        return left @ right
     product = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)
-    return product if rest is None else product * rest.to(product.dtype)
-
-
-def _add_product(
-    base: Tensor | None, left: Tensor, right: Tensor, alpha: float, dtype: torch.dtype
-) -> Tensor:
-    """base + alpha · left right in `dtype`, contiguous; rounded once where all have one dtype."""
-    if dtype == left.dtype:
-        if base is None:
-            return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)
-        if base.dtype == dtype:
-            return torch.addmm(base, left, right, alpha=alpha)
-    rows, columns = left.shape[0], right.shape[1]
-    out = left.new_empty((rows, columns), dtype=dtype)
-    step = max(1, CHUNK_ELEMENTS // columns)
-    for first in range(0, rows, step):
-        part = slice(first, first + step)
-        product = torch.addmm(left.new_empty(()), left[part], right, beta=0, alpha=alpha)
-        if base is None:
-            out[part] = product
-        else:
-            torch.add(base[part], product, out=out[part])
-    return out
+    return product if rest is None else product.mul_(rest)
 
 
 def _alpha(scale: float | Tensor) -> tuple[float, Tensor | None]:

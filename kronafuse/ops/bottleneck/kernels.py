@@ -1,75 +1,69 @@
-"""The bottleneck in Triton: one kernel forward; backward one over dy and the pre-activation, then the reductions.
-
-Both kernels are a product into the hidden layer, a step on it on chip, and a product out of it, a block of rows a program.
-"""
+"""The bottleneck in Triton: one kernel forward; backward one over dy and the pre-activation, then the reductions."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..kron_linear.reduce_kernel import reduce_rows
-from ..launch import architecture_of, launch
 from ..outputs import new_output
-from ..triton_common import dot, dot_precision, scale_arguments, scale_value
-from . import tuning
-from .call import Call, Gradients, Needs, result_dtype
-
-RELU = tl.constexpr(1)
-SIGMOID = tl.constexpr(2)
-SILU = tl.constexpr(3)
-GELU = tl.constexpr(4)
-ACTIVATIONS = {
-    "identity": 0,
-    "relu": RELU.value,
-    "sigmoid": SIGMOID.value,
-    "silu": SILU.value,
-    "gelu": GELU.value,
-}
+from .activations import FORWARD
+from .backward_kernel import backward_rows
+from .call import Call, Gradients, Needs, scale_gradients
+from .forward_kernel import forward as forward
 
 
-@triton.jit
-def _activate(pre, ACTIVATION: tl.constexpr):
-    """act(pre) in fp32."""
-    value = pre
-    if ACTIVATION == RELU:
-        value = tl.where(pre <= 0.0, 0.0, pre)
-    elif ACTIVATION == SIGMOID:
-        value = tl.sigmoid(pre)
-    elif ACTIVATION == SILU:
-        value = pre * tl.sigmoid(pre)
-    elif ACTIVATION == GELU:
-        value = 0.5 * pre * (1.0 + tl.erf(pre * 0.7071067811865476))
-    return value
+def backward(dy: Tensor, call: Call, pre: Tensor, needs: Needs) -> Gradients:
+    """The gradients asked for; the others are None."""
+    dx = new_output(call.x, call.x.shape) if needs.x else None
+    dpre = new_output(pre, pre.shape) if needs.down or needs.down_bias else None
+    hidden = pre if call.activation == "identity" else None
+    if dx is not None or dpre is not None:
+        written = new_output(pre, pre.shape) if hidden is None and (needs.up or needs.scale) else None
+        backward_rows(dy, call, pre, dx, written, dpre)
+        hidden = written if hidden is None else hidden
+    elif hidden is None and (needs.up or needs.scale):
+        hidden = FORWARD[call.activation](pre)
+    ddown, ddown_bias = _factor_gradients(
+        dpre,
+        call.x,
+        call.down.dtype if needs.down else None,
+        call.down_bias.dtype if needs.down_bias and call.down_bias is not None else None,
+        1.0,
+    )
+    if needs.scale:
+        # At scale 1 and in fp32 first: they are what the scale's own gradient is made of.
+        bias = None if call.up_bias is None else torch.float32
+        dup, dup_bias = _factor_gradients(dy, hidden, torch.float32, bias, 1.0)
+        assert dup is not None
+        dup, dup_bias, dscale = scale_gradients(call, needs, dup, dup_bias)
+        return Gradients(dx, ddown, dup, ddown_bias, dup_bias, dscale)
+    dup, dup_bias = _factor_gradients(
+        dy,
+        hidden,
+        call.up.dtype if needs.up else None,
+        call.up_bias.dtype if needs.up_bias and call.up_bias is not None else None,
+        call.scale,
+    )
+    return Gradients(dx, ddown, dup, ddown_bias, dup_bias)
 
 
-@triton.jit
-def _derivative(pre, ACTIVATION: tl.constexpr):
-    """act'(pre) in fp32."""
-    value = pre * 0.0 + 1.0
-    if ACTIVATION == RELU:
-        value = tl.where(pre <= 0.0, 0.0, 1.0)
-    elif ACTIVATION == SIGMOID:
-        gate = tl.sigmoid(pre)
-        value = gate * (1.0 - gate)
-    elif ACTIVATION == SILU:
-        gate = tl.sigmoid(pre)
-        value = gate * (1.0 + pre * (1.0 - gate))
-    elif ACTIVATION == GELU:
-        density = 0.3989422804014327 * tl.exp(-0.5 * pre * pre)
-        value = 0.5 * (1.0 + tl.erf(pre * 0.7071067811865476)) + pre * density
-    return value
-
-
-@triton.jit
-def _load_weight(w_ptr, offs_i, offs_o, I, O, stride_wi, stride_wo, EVEN_O: tl.constexpr):  # noqa: E741
-    """(offs_i, offs_o) of a factor that takes I to O."""
-    mask = (offs_i < I)[:, None]
-    if not EVEN_O:
-        mask = mask & (offs_o < O)[None, :]
-    offsets = offs_i.to(tl.int64)[:, None] * stride_wi + offs_o.to(tl.int64)[None, :] * stride_wo
-    return tl.load(w_ptr + offsets, mask=mask, other=0.0)
+def _factor_gradients(
+    left: Tensor | None,
+    right: Tensor | None,
+    dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    scale: float | Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    """scale · leftᵀ right in `dtype`, scale · Σ left in `bias_dtype`, from one read of `left`; None for not needed."""
+    gradient = sums = None
+    if dtype is not None:
+        assert left is not None
+        assert right is not None
+        if bias_dtype is not None:
+            sums = new_output(left, left.shape[1:], bias_dtype)
+        gradient = reduce_rows(left.unsqueeze(1), right.unsqueeze(1), scale, dtype, sums=sums)
+    elif bias_dtype is not None:
+        assert left is not None
+        sums = (left.sum(0, dtype=torch.float32) * scale).to(bias_dtype)
+    return gradient, sums

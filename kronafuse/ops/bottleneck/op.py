@@ -49,6 +49,7 @@ def bottleneck(
     if residual_is_x:
         residual = None
     elif residual is not None and not autocasts(x):
+        checks.check_dtype(OP, "x", x)
         checks.check_dtype(OP, "residual", residual)
         checks.check_same_dtype(OP, "residual", residual, x)
     compiling = torch.compiler.is_compiling()

@@ -101,8 +101,10 @@ def _forward(
     chosen = backends.choose(OP, IMPLEMENTATIONS, options.impl, x.device, options.dtype)
     with without_autocast(x.device.type):
         y, pre = chosen.load().forward(_flat_call(x, residual, factors, scale_tensor, options), keep)
-    # Not y.view: autograd forbids changing in place, as y += 1, what a Function returns as a view.
-    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], up.shape[0]]), pre
+    if x.dim() != 2:
+        # Not y.view: autograd forbids changing in place, as y += 1, what a Function returns as a view.
+        y = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], up.shape[0]])
+    return y, pre
 
 
 def _forward_fake(

@@ -23,7 +23,7 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor]:
         activation=call.activation,
         scale=call.scale,
     )
-    y = y.to(result_dtype(call.x, call.residual, call.dtype, call.residual_is_x))
+    y = y.to(result_dtype(call.x, call.residual, call.dtype, call.residual_is_x)).contiguous()
     return y, pre_activation(x, call.down, call.down_bias) if keep else x.new_empty(0)
 
 
@@ -41,7 +41,7 @@ def backward(dy: Tensor, call: Call, pre: Tensor, needs: Needs) -> Gradients:
         dpre = BACKWARD[call.activation]((call.scale * through_up).to(dtype), pre)
         if needs.x:
             dx = dpre @ call.down.to(dtype)
-            dx = (dy + dx if call.residual_is_x else dx).to(call.x.dtype)
+            dx = (dy + dx if call.residual_is_x else dx).to(call.x.dtype).contiguous()
         if needs.down:
             ddown = (dpre.t() @ x).to(call.down.dtype)
         if needs.down_bias:

@@ -62,32 +62,21 @@ def bottleneck_config(
     single = dtype == torch.float32
     first, second = width_parts(width)
     block_m = power_of_two(tokens // PROGRAMS, at_most=32 if single else 64)
-    block_in = power_of_two(in_features, at_most=32 if single else 64)
-    block_out = power_of_two(out_features, at_most=32 if single else 64)
-    programs = blocks(tokens, block_m)
-    split = max(1, min(PROGRAMS // max(1, programs), MOST_SPLITS))
+    step, stages = 32 if single else 64, 3
+
+    def shared() -> int:
+        """The stages' tiles of the features and of the factor, and the hidden layer."""
+        rows = step * (block_m * widest.itemsize + (first + second) * dtype.itemsize)
+        return stages * rows + block_m * (first + second) * dtype.itemsize
+
+    limit = shared_limit(architecture.capability)
+    if shared() > limit:
+        stages = 2
+    while shared() > limit and step > MINIMUM:
+        step //= 2
+    block_in, block_out = (power_of_two(size, at_most=step) for size in (in_features, out_features))
+    split = max(1, min(PROGRAMS // max(1, blocks(tokens, block_m)), MOST_SPLITS))
     columns = blocks(blocks(out_features, block_out), split) * block_out
     split = blocks(out_features, columns)
     warps = 8 if block_m * (first + second) > 64 * 64 else 4
-    stages = 3
-    while stages > 1 and _shared_bytes(
-        dtype, widest, block_m, block_in, block_out, first + second, stages
-    ) > shared_limit(architecture.capability):
-        stages -= 1
-    return BottleneckConfig(
-        block_m, block_in, block_out, first, second, split, columns, warps, stages
-    )
-
-
-def _shared_bytes(
-    dtype: torch.dtype,
-    widest: torch.dtype,
-    block_m: int,
-    block_in: int,
-    block_out: int,
-    width: int,
-    stages: int,
-) -> int:
-    """Shared memory of the larger of the two loops: its stages' tiles, and the hidden layer."""
-    tiles = max(block_in, block_out) * (block_m * widest.itemsize + width * dtype.itemsize)
-    return stages * tiles + block_m * width * dtype.itemsize
+    return BottleneckConfig(block_m, block_in, block_out, first, second, split, columns, warps, stages)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calls import bind_by_position
 from .algorithm import LAYER_GRADIENTS, TERM_GRADIENTS
 from .raw import LAYER_TENSORS, TERM_TENSORS, Layout, kron_backward, kron_forward
 
@@ -95,8 +95,7 @@ class KronGroupGradient(torch.autograd.Function):
         raise RuntimeError(f"{ctx.op}: second derivatives are not implemented")
 
 
-# torch binds the arguments of every apply to forward's signature; read once, it is not read at every call.
-KronGroup.forward.__signature__ = inspect.signature(KronGroup.forward)  # pyright: ignore[reportFunctionMemberAccess]
+bind_by_position(KronGroup)
 
 
 class _Part:

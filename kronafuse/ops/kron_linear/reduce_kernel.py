@@ -82,10 +82,9 @@ def _reduce_kernel(
     if SPLIT == 1:
         acc = acc * scale_value(scale, scale_ptr)
         sums = sums * scale_value(scale, scale_ptr)
-    if sums_ptr is not None:
-        if (pid % tiles) % q_blocks == 0:
-            sums_offsets = pid_split.to(tl.int64) * P + offs_p
-            tl.store(sums_ptr + sums_offsets, sums.to(sums_ptr.dtype.element_ty), mask=offs_p < P)
+    if sums_ptr is not None and (pid % tiles) % q_blocks == 0:
+        sums_offsets = pid_split.to(tl.int64) * P + offs_p
+        tl.store(sums_ptr + sums_offsets, sums.to(sums_ptr.dtype.element_ty), mask=offs_p < P)
     # Rounding point: none into fp32 partial sums, once into the factor's dtype.
     offsets = (pid_split.to(tl.int64) * P + offs_p)[:, None] * Q + offs_q[None, :]
     tl.store(

@@ -1,0 +1,286 @@
+"""bottleneck against the definition in float64, by implementation."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from kronafuse import available_impls, backends, checks
+from kronafuse.ops.bottleneck import eager, raw
+from kronafuse.ops.bottleneck.op import bottleneck
+from kronafuse.ops.bottleneck.ref import bottleneck_ref
+from kronafuse.testing.bottleneck import bottleneck_chain, call, check_case
+from kronafuse.testing.bottleneck_cases import CASES, ODD_CASES, BottleneckCase
+from kronafuse.testing.inputs import bottleneck_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOKENS = 33
+"""Tokens of the named cases here; the benchmarks use them whole."""
+EAGER_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+TRITON_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+NAMES = ("x", "residual", "down", "up", "down_bias", "up_bias", "scale")
+
+
+def dtype_id(dtype: object) -> str | None:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else None
+
+
+def is_slow(case: BottleneckCase, dtype: torch.dtype, impl: str) -> bool:
+    """What `make test-full` adds: the interpreter beyond a width of one part and one of two, fp16 beyond the first."""
+    fast = ("sd15_320-width_60", "sd15_320-width_160") if dtype == torch.float32 else ("sd15_320-width_60",)
+    return impl == "triton" and DEVICE == "cpu" and case.name not in fast
+
+
+def case_params(impl: str, dtypes: list[torch.dtype]) -> list[object]:
+    return [
+        pytest.param(
+            case,
+            dtype,
+            impl,
+            marks=[pytest.mark.slow] if is_slow(case, dtype, impl) else [],
+            id=f"{case}-{dtype_id(dtype)}-{impl}",
+        )
+        for case in CASES.values()
+        for dtype in dtypes
+    ]
+
+
+def odd_params() -> list[object]:
+    pairs = [("eager", torch.float32), ("eager", torch.bfloat16), ("eager", torch.float64)]
+    pairs += [("reference", torch.float64)] + [("triton", dtype) for dtype in TRITON_DTYPES]
+    return [
+        pytest.param(case, dtype, impl, id=f"{case}-{dtype_id(dtype)}-{impl}")
+        for case in ODD_CASES.values()
+        for impl, dtype in pairs
+    ]
+
+
+def check(case: BottleneckCase, dtype: torch.dtype, impl: str, **options) -> None:
+    check_case(partial(bottleneck, impl=impl), case, dtype, device=DEVICE, **options)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "impl"), case_params("eager", EAGER_DTYPES) + case_params("triton", TRITON_DTYPES)
+)
+def test_named_cases(case, dtype, impl):
+    """y and every gradient of the case list, from float32 factors where x is 16 bits wide."""
+    wide = dtype if dtype == torch.float64 else torch.float32
+    check(case, dtype, impl, factor_dtype=wide, tokens=TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "impl"),
+    case_params("eager", [torch.bfloat16, torch.float32]) + case_params("triton", TRITON_DTYPES[:1]),
+)
+def test_delta_alone(case, dtype, impl):
+    """Without a residual the delta's own error cannot hide behind the residual's rounding."""
+    alone = BottleneckCase(case.name, 9, case.in_features, case.width, case.out_features, "none")
+    check(alone, dtype, impl, wanted=[])
+
+
+@pytest.mark.parametrize(("case", "dtype", "impl"), odd_params())
+def test_odd_cases(case, dtype, impl):
+    check(case, dtype, impl)
+
+
+@pytest.mark.parametrize(("case", "dtype", "impl"), odd_params())
+def test_strided_inputs(case, dtype, impl):
+    """x, residual and biases with gaps between their elements, transposed factors, a tensor scale with a gradient."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    check(case, dtype, impl, strided=True, scale=torch.tensor(0.6, dtype=wide))
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("residual", ["x", "other", "none"])
+@pytest.mark.parametrize("activation", checks.ACTIVATIONS)
+def test_activations(activation, residual, impl):
+    case = BottleneckCase("activation", 19, 24, 20, 24, residual, activation)
+    for dtype in TRITON_DTYPES if impl == "triton" else (torch.float32, torch.bfloat16):
+        check(case, dtype, impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager", "triton"])
+@pytest.mark.parametrize("case", ["primes", "narrowing", "no_biases_identity", "width_two_parts"])
+def test_each_gradient_alone(case, impl):
+    """A gradient asked for alone is the one that comes when all are."""
+    problem, scale = ODD_CASES[case], torch.tensor(0.5)
+    names = list(bottleneck_inputs(problem, torch.float32, scale=scale))
+    assert {"x", "down", "up", "scale"} <= set(names) <= set(NAMES)
+    for name in names:
+        check(problem, torch.float32, impl, scale=scale, wanted=[name])
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("left_out", NAMES)
+def test_all_gradients_but_one(left_out, impl):
+    problem, scale = ODD_CASES["narrowing"], torch.tensor(0.5)
+    wanted = [name for name in NAMES if name != left_out]
+    check(problem, torch.float32, impl, scale=scale, wanted=wanted)
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("scale", [0.0, -2.5])
+def test_zero_and_negative_scales_have_gradients(scale, impl):
+    check(ODD_CASES["primes"], torch.float32, impl, scale=torch.tensor(scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("case", ["primes", "narrowing", "no_residual", "no_biases", "no_biases_identity"])
+def test_a_scale_that_stays_on_its_device(case, dtype, monkeypatch):
+    """On a GPU eager multiplies by a tensor scale instead of reading it; the same arithmetic anywhere."""
+    monkeypatch.setattr(
+        eager, "_alpha", lambda scale: (1.0, scale) if torch.is_tensor(scale) else (scale, None)
+    )
+    check(ODD_CASES[case], dtype, "eager", scale=torch.tensor(0.6))
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_expanded_inputs(impl):
+    """One token for all, one residual for all, and a dy of one number."""
+    x, residual = torch.randn(1, 1, 12, device=DEVICE), torch.randn(6, device=DEVICE)
+    down, up = torch.randn(5, 12, device=DEVICE), torch.randn(6, 5, device=DEVICE, requires_grad=True)
+    x, residual = x.expand(3, 7, 12), residual.expand(3, 7, 6)
+    y = bottleneck(x, residual, down, up, impl=impl)
+    torch.testing.assert_close(y, bottleneck_ref(x, residual, down, up))
+    (dup,) = torch.autograd.grad(y.sum(), up)
+    torch.testing.assert_close(dup, torch.autograd.grad(bottleneck_ref(x, residual, down, up).sum(), up)[0])
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager", "triton"])
+def test_the_relu_of_nothing_and_of_nan(impl):
+    """At 0 the gradient is 0, and NaN stays NaN, as torch has it."""
+    x = torch.tensor([[0.0], [float("nan")]], device=DEVICE, requires_grad=True)
+    one = torch.ones(1, 1, device=DEVICE)
+    y = bottleneck(x, None, one, one, impl=impl)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert y[0, 0] == 0
+    assert dx[0, 0] == 0
+    assert y[1, 0].isnan()
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_repeatable(impl):
+    """The same bits at every call."""
+    case = BottleneckCase("repeatable", 100, 40, 20, 40)
+    tensors = bottleneck_inputs(case, torch.float32, scale=torch.tensor(0.5))
+    leaves = {name: tensor.to(DEVICE).requires_grad_() for name, tensor in tensors.items()}
+
+    def step():
+        y = call(partial(bottleneck, impl=impl), case, leaves)
+        return [y, *torch.autograd.grad(y.square().sum(), list(leaves.values()))]
+
+    assert all(torch.equal(one, two) for one, two in zip(step(), step(), strict=True))
+
+
+def test_backend_choice():
+    """auto on a CPU is eager; a named implementation runs or says why not."""
+    x, down, up = torch.randn(2, 8), torch.randn(3, 8), torch.randn(8, 3)
+    assert [each.name for each in raw.IMPLEMENTATIONS] == ["triton", "eager", "reference"]
+    expected = "triton" if DEVICE == "cuda" else "eager"
+    device = torch.device(DEVICE)
+    assert backends.choose("bottleneck", raw.IMPLEMENTATIONS, "auto", device, torch.float32).name == expected
+    if DEVICE == "cpu":
+        assert torch.equal(bottleneck(x, x, down, up), bottleneck(x, x, down, up, impl="eager"))
+    with pytest.raises(NotImplementedError, match="bottleneck: impl='triton' cannot serve this call"):
+        bottleneck(x.double(), None, down.double(), up.double(), impl="triton")
+    with pytest.raises(NotImplementedError, match="bottleneck has no 'cuda' implementation yet"):
+        bottleneck(x, None, down, up, impl="cuda")
+    with pytest.raises(ValueError, match="bottleneck: impl must be one of auto, reference, eager"):
+        bottleneck(x, None, down, up, impl="fast")
+
+
+def test_available_impls_speaks_for_this_op_too():
+    found = available_impls()
+    assert found["eager"] == found["reference"] == []
+    assert found["cuda"] == found["cpu"] == ["not built yet"]
+
+
+class Allocations(TorchDispatchMode):
+    """Elements of every new tensor that an operation returns, views and what is written into left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in self.storages:
+                self.storages.add(each.untyped_storage().data_ptr())
+                self.sizes.append(each.numel())
+        return result
+
+
+def wide_allocations(function, *, residual: str, scale: float) -> int:
+    """How many tensors as large as y (or dx) the function makes, forward and backward."""
+    case = BottleneckCase("memory", 64, 96, 8, 96, residual)
+    tensors = {
+        name: tensor.requires_grad_() for name, tensor in bottleneck_inputs(case, torch.float32).items()
+    }
+    dy = torch.randn(64, 96)
+    with Allocations() as seen:
+        seen.storages |= {each.untyped_storage().data_ptr() for each in (*tensors.values(), dy)}
+        kept = call(function, case, tensors, scale)
+        torch.autograd.grad(kept, list(tensors.values()), dy)
+    return sum(size >= 64 * 96 for size in seen.sizes)
+
+
+@pytest.mark.parametrize("residual", ["x", "other", "none"])
+def test_eager_makes_nothing_wide_beyond_y_and_dx(residual):
+    """The plain chain, counted the same way, makes more."""
+    assert wide_allocations(partial(bottleneck, impl="eager"), residual=residual, scale=0.7) == 2
+    assert wide_allocations(bottleneck_chain, residual=residual, scale=0.7) > 2
+
+
+def saved(case: BottleneckCase, wanted: tuple[str, ...]) -> list[torch.Tensor]:
+    """What the forward keeps beside its own factors."""
+    tensors = bottleneck_inputs(case, torch.float32, tokens=16, scale=torch.tensor(0.5))
+    for name in wanted:
+        tensors[name].requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        call(partial(bottleneck, impl="eager"), case, tensors)
+    own = {tensor.data_ptr() for name, tensor in tensors.items() if name != "x"}
+    x = tensors["x"].data_ptr()
+    return [
+        each
+        for each in kept
+        if each.data_ptr() not in own
+        and each.untyped_storage().nbytes() > 4
+        and not (each.data_ptr() == x and "down" in wanted)
+    ]
+
+
+@pytest.mark.parametrize("activation", checks.ACTIVATIONS)
+@pytest.mark.parametrize("residual", ["x", "other", "none"])
+def test_nothing_wide_is_saved(residual, activation):
+    """Beside the factors: x where down asks for a gradient, and the M×H pre-activation."""
+    case = BottleneckCase("saved", 16, 40, 6, 40, residual, activation)
+    everything = ("x", "down", "up", "down_bias", "up_bias", "scale")
+    (pre,) = saved(case, everything)
+    assert pre.shape == (16, 6)
+    (pre,) = saved(case, ("x",))
+    assert pre.shape == (16, 6)
+    assert saved(case, ("up_bias",)) == []
+    if residual == "other":
+        assert saved(case, ("residual",)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_past_int32(impl):
+    """Two rows of x 2³¹ elements apart: addresses must not be 32 bits wide."""
+    buffer = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
+    x = buffer.as_strided((2, 32), (2**31, 1))
+    x.copy_(torch.randn(2, 32))
+    down = torch.randn(8, 32, device=DEVICE, requires_grad=True)
+    up = torch.randn(32, 8, device=DEVICE)
+    y = bottleneck(x, x, down, up, impl=impl)
+    near = x.clone()
+    expected = bottleneck(near, near, down, up, impl=impl)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, down, dy), torch.autograd.grad(expected, down, dy))
