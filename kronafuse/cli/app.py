@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from .anova import anova
 from .demo import demo
 from .doctor import doctor
 from .exits import reported
 from .sample import sample
+from .sweep import sweep
 from .train import train
 
 app = typer.Typer(
@@ -17,5 +19,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (demo, train, sample, doctor):
+for _command in (demo, train, sample, doctor, sweep, anova):
     app.command(name=_command.__name__)(reported(_command))

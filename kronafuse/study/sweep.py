@@ -1,0 +1,202 @@
+"""`kronafuse sweep`: every run of a grid, once, on Ray; a start after a kill goes on where the last one was."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from ..formats.atomic import remove_stale, write_json
+from ..train.files import prepare_output
+from ..train.interrupt import Interrupted, InterruptFlag
+from .cluster import Resources, connected
+from .grid import Grid, run_id
+from .job import Job
+from .results import write_results
+from .runs import FAILED, FINISHED, RUNS, Run, execute, failure, is_finished, read_records, record_path
+from .view import View
+
+SWEEP = "sweep.json"
+"""The job and the settings of a folder; all its runs share them."""
+
+LOCK = ".sweep.lock"
+TABLE_EVERY = 5
+"""Completions after which the results table is written anew."""
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The grid's runs by how they ended; `ran` are this start's."""
+
+    finished: tuple[str, ...]
+    failed: Mapping[str, str]
+    ran: tuple[str, ...]
+
+
+def sweep(
+    job: Job,
+    settings: Mapping[str, Any],
+    grid: Grid,
+    folder: Path,
+    *,
+    resources: Resources | None = None,
+    retries: int = 2,
+    retry_failed: bool = False,
+    console: Console | None = None,
+) -> Outcome:
+    """Runs what is not finished yet and writes results.csv and results.parquet to `folder`.
+
+    settings:     the job's, as given; defaults are added
+    resources:    Resources() if absent
+    retries:      how often a run is started again whose worker process died
+    retry_failed: redo the runs that failed before
+
+    A run that raises is recorded and stops no other. Ctrl-C stops the running ones and raises `Interrupted`.
+    Raises ValueError for a folder of another job or other settings, BlockingIOError where another sweep is at
+    work in it.
+    """
+    console = console or Console()
+    resources = resources or Resources()
+    if retries < 0:
+        raise ValueError(f"sweep: retries must be at least 0; got {retries}")
+    complete = job.complete(settings)
+    runs = [Run(run_id(job.name, complete, config), config, complete) for config in grid.configs]
+    taken = [name for name in complete if any(name in run.config for run in runs)]
+    if taken:
+        raise ValueError(f"sweep: settings must not be named as axes; got {', '.join(taken)}")
+    prepare_output(folder)
+    with locked(folder):
+        claim(folder, job, complete)
+        records = read_records(folder)
+        status = {run.id: records[run.id]["status"] for run in runs if run.id in records}
+        again = (FAILED,) if retry_failed else ()
+        pending = [run for run in runs if run.id not in status or status[run.id] in again]
+        try:
+            if pending:
+                ended = Counter(status.values()) - Counter(status.get(run.id) for run in pending)
+                ran = _run_all(
+                    job, pending, folder, resources, retries,
+                    View(console, len(runs), ended[FINISHED], ended[FAILED]),
+                )  # fmt: skip
+            else:
+                ran = []
+        finally:
+            write_results(folder)
+        return _outcome(runs, read_records(folder), ran)
+
+
+def _outcome(runs: list[Run], records: Mapping[str, Mapping[str, Any]], ran: list[str]) -> Outcome:
+    finished = tuple(run.id for run in runs if records[run.id]["status"] == FINISHED)
+    failed = {run.id: records[run.id]["error"] for run in runs if records[run.id]["status"] == FAILED}
+    return Outcome(finished, failed, tuple(ran))
+
+
+def _run_all(
+    job: Job,
+    pending: list[Run],
+    folder: Path,
+    resources: Resources,
+    retries: int,
+    view: View,
+) -> list[str]:
+    """Keeps as many runs at work as the session takes; returns the ids of those that ended."""
+    if job.prepare is not None:
+        job.prepare(pending[0].settings, folder)
+    ran: list[str] = []
+    with connected(resources, folder) as slots, InterruptFlag() as interrupt, view:
+        import ray
+
+        task = ray.remote(execute).options(
+            num_cpus=resources.per_run, num_gpus=resources.gpus, max_retries=retries
+        )
+        shared_job, queue, running = ray.put(job), list(reversed(pending)), {}
+        try:
+            while queue or running:
+                while queue and len(running) < slots and not interrupt.raised:
+                    run = queue.pop()
+                    running[task.remote(shared_job, run, folder.resolve(), resources.per_run)] = run
+                view.running = len(running)
+                if interrupt.raised:
+                    raise Interrupted(f"stopped with {len(ran)} more runs done; the same command goes on")
+                for answer in ray.wait(list(running), timeout=POLL_SECONDS)[0]:
+                    run = running.pop(answer)
+                    view.ended_run(_ended(answer, run, folder, retries), len(running))
+                    ran.append(run.id)
+                    if len(ran) % TABLE_EVERY == 0:
+                        write_results(folder)
+        finally:
+            for answer, run in running.items():
+                ray.cancel(answer, force=True)
+                ray.wait([answer], timeout=10)
+                remove_stale(record_path(folder, run.id))
+    return ran
+
+
+def _ended(answer: Any, run: Run, folder: Path, retries: int) -> dict[str, Any]:
+    """The record of a run whose task is over; written here where its worker could not."""
+    import ray
+    from ray.exceptions import RayError, WorkerCrashedError
+
+    try:
+        ray.get(answer)
+    except WorkerCrashedError:
+        times = f"{retries + 1} times" if retries else "once"
+        _record_failure(run, folder, f"the worker process died {times}: it was killed, or memory ran out")
+    except RayError as error:
+        _record_failure(run, folder, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+    return json.loads(record_path(folder, run.id).read_text(encoding="utf-8"))
+
+
+def _record_failure(run: Run, folder: Path, reason: str) -> None:
+    if not is_finished(folder, run.id):
+        write_json(record_path(folder, run.id), failure(run, reason))
+
+
+def claim(folder: Path, job: Job, settings: Mapping[str, Any]) -> None:
+    """Makes the folder this job's with these settings; ValueError that lists what differs where it is another's."""
+    path, wanted = folder / SWEEP, {"job": job.name, "settings": dict(settings)}
+    (folder / RUNS).mkdir(exist_ok=True)
+    if not path.exists():
+        write_json(path, wanted)
+        return
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        old = {"job": there["job"], **there["settings"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"sweep: {path} does not say which job the folder is of: {error!r}") from error
+    new = {"job": job.name, **settings}
+    differing = [
+        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"sweep: folder {folder} has runs of other settings: {'; '.join(differing)}."
+            " Give another output folder."
+        )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process; BlockingIOError where another one does. A killed process holds nothing."""
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise BlockingIOError(
+            f"sweep: another sweep is at work in {folder}; wait for it or stop it"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
