@@ -31,6 +31,9 @@ def anova(
             metavar="FILTER", help="Rows to take, as source=ff_in,ff_out or source!=res_in; all must hold."
         ),
     ] = None,
+    interactions: Annotated[
+        bool, typer.Option("--interactions", help="Every two factors together too, in the type-II table.")
+    ] = False,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Go on without runs and cells that have no result.")
     ] = False,
@@ -50,7 +53,7 @@ def anova(
     analysis = analyse(
         results, folder,
         response=response, over=over, factors=None if factors is None else factors.split(","),
-        where=where or [], allow_missing=allow_missing,
+        where=where or [], interactions=interactions, allow_missing=allow_missing,
     )  # fmt: skip
     console = Console()
     design = analysis.design

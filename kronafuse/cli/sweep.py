@@ -42,7 +42,13 @@ def sweep(
         str | None, typer.Option(help="Percent of the model's parameters instead of a width.")
     ] = None,
     init: Values = None,
-    factors: Annotated[str | None, typer.Option(help="krona: as 4x8, separated by commas.")] = None,
+    form: Annotated[
+        str | None, typer.Option(help="bottleneck: of dense, compacter, krona and krona_res.")
+    ] = None,
+    terms: Annotated[str | None, typer.Option(help="bottleneck: products that compacter sums.")] = None,
+    factors: Annotated[
+        str | None, typer.Option(help="krona, and bottleneck's krona forms: as 4x8, separated by commas.")
+    ] = None,
     factor: Values = None,
     rank: Values = None,
     alpha: Values = None,
@@ -84,8 +90,8 @@ def sweep(
 
     axes: dict[str, Any] = {
         "pairs": pairs, "source": source, "sink": sink, "activation": activation, "scale": scale,
-        "width": width, "budget": budget, "init": init, "factors": factors, "factor": factor, "rank": rank,
-        "alpha": alpha,
+        "width": width, "budget": budget, "init": init, "form": form, "terms": terms, "factors": factors,
+        "factor": factor, "rank": rank, "alpha": alpha,
     }  # fmt: skip
     request = make_request(
         read_study(study),

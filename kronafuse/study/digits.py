@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from ..models.attach import attach
@@ -18,11 +20,11 @@ from ..train.config import LoopSettings
 from ..train.digits.base import base_folder, prepare_base, read_base
 from ..train.digits.data import NEW, OLD, read_digits
 from ..train.digits.judge import Judge
-from ..train.digits.recipe import BASE, FULL, SMOKE, Recipe
+from ..train.digits.recipe import BASE, FULL, SMOKE, UNET, Recipe
 from ..train.loop import Trainer, new_accelerator
 from ..train.options import option
 from ..train.sampling import sample
-from .families import adapter_spec
+from .families import adapter_spec, describe
 from .job import Job
 
 LAST_LOSSES = 20
@@ -50,6 +52,17 @@ def recipe_of(settings: Mapping[str, Any]) -> Recipe:
     """The demo's recipe with the base model that the settings describe."""
     base = replace(BASE, steps=settings["base_steps"], batch_size=settings["base_batch_size"])
     return replace(FULL, base=base)
+
+
+def check(settings: Mapping[str, Any], configs: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError for an adapter that the base model cannot have: a budget that no width meets, factors of no size."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNET)
+    for config in {json.dumps({**each, "seed": 0}): each for each in configs}.values():
+        try:
+            attach(unet, adapter_spec(config)).remove()
+        except ValueError as error:
+            raise ValueError(f"sweep: the digits job cannot train {describe(config)}: {error}") from error
 
 
 def prepare(settings: Mapping[str, Any], folder: Path) -> None:
@@ -112,5 +125,6 @@ JOB = Job(
         "images_per_new_class": 5, "images_per_old_class": 2, "sampling_steps": SMOKE.sampling_steps,
         "base_steps": SMOKE.base.steps, "base_batch_size": SMOKE.base.batch_size,
     },
+    check=check,
     prepare=prepare,
 )  # fmt: skip

@@ -13,15 +13,27 @@ Config = dict[str, Any]
 
 AXES: dict[str, Any] = {
     "source": str, "sink": str, "activation": str, "scale": float, "width": int | None,
-    "budget": float | None, "init": str, "factors": tuple[int, int], "factor": int, "rank": int | None,
-    "alpha": float | None,
+    "budget": float | None, "init": str, "form": str, "terms": int, "factors": tuple[int, int] | None,
+    "factor": int, "rank": int | None, "alpha": float | None,
 }  # fmt: skip
 """Every axis and the type of its values, in the order of the columns of a results file."""
 
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "bottleneck": (
         "Bottleneck",
-        ("source", "sink", "activation", "scale", "width", "budget", "init"),
+        (
+            "source",
+            "sink",
+            "activation",
+            "scale",
+            "width",
+            "budget",
+            "init",
+            "form",
+            "terms",
+            "factors",
+            "rank",
+        ),
     ),
     "krona": ("KronA", ("factors", "scale", "init")),
     "lokr": ("LoKr", ("factor", "rank", "alpha", "scale", "init")),
@@ -71,6 +83,8 @@ def describe(config: Mapping[str, Any]) -> str:
         words.append(f"{config['source']} -> {config['sink']}")
     if config.get("activation") is not None:
         words.append(str(config["activation"]))
+    if config.get("form") not in (None, "dense"):
+        words.append(str(config["form"]))
     for name in ("factors", "factor", "rank", "alpha", "scale", "width", "budget", "init", "seed"):
         value = config.get(name)
         if value is not None:

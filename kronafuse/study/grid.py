@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..nn.bottleneck_spec import KRONA_FORMS
 from ..nn.positions import PAIRS, SINKS, SOURCES, check_pair
 from .families import FAMILIES, Config, adapter_spec, axes_of, axis_value, default_of
 
@@ -89,7 +90,10 @@ def _expand(table: Mapping[str, Any], illegal: list[str]) -> list[Config]:
     configs = []
     for place, combination in itertools.product(places, itertools.product(*values)):
         position = {} if place is None else {"source": place[0], "sink": place[1]}
-        configs.append({"family": family, **position, **dict(zip(axes, combination, strict=True))})
+        config = {"family": family, **position, **dict(zip(axes, combination, strict=True))}
+        if config.get("form") in KRONA_FORMS:
+            config["width"] = None
+        configs.append(config)
     return configs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class Job:
               its workers by pickle.
     settings: a dataclass of `train.options.option` fields; None takes any settings unchecked
     smoke:    the settings that run everything once in seconds
+    check:    (settings, configs), called before anything runs; raises ValueError for what no run can do
     prepare:  (settings, folder), called once before the runs
     """
 
@@ -33,6 +34,7 @@ class Job:
     run: Callable[[Mapping[str, Any], Path], Mapping[str, float]]
     settings: type | None = None
     smoke: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], None] | None = None
     prepare: Callable[[Mapping[str, Any], Path], None] | None = None
 
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from ..nn.bottleneck_spec import KRONA_FORMS
 from ..train.options import read_toml
 from .families import AXES, axes_of
 from .grid import ALL, KEYS, Grid, make_grid
@@ -102,8 +103,15 @@ def _of_families(tables: list[dict[str, Any]], names: list[str]) -> list[dict[st
     return kept + [{"family": name} for name in names if name not in there]
 
 
+FORMS_WITH = {"rank": ("compacter",), "terms": ("compacter",), "factors": KRONA_FORMS}
+"""Axes that only some forms of a bottleneck have."""
+
+
 def _takes(table: Mapping[str, Any], axis: str) -> bool:
     family = str(table.get("family"))
+    if family == "bottleneck" and axis in FORMS_WITH:
+        forms = table.get("form", "dense")
+        return bool(set(FORMS_WITH[axis]) & set(forms if isinstance(forms, list) else [forms]))
     return axis in axes_of(family) or (axis == "pairs" and family == "bottleneck")
 
 

@@ -61,8 +61,8 @@ def sweep(
     retry_failed: redo the runs that failed before
 
     A run that raises is recorded and stops no other. Ctrl-C stops the running ones and raises `Interrupted`.
-    Raises ValueError for a folder of another job or other settings, BlockingIOError where another sweep is at
-    work in it.
+    Raises ValueError for what the job's check refuses, before anything is written, and for a folder of another
+    job or other settings; BlockingIOError where another sweep is at work in it.
     """
     console = console or Console()
     resources = resources or Resources()
@@ -73,6 +73,8 @@ def sweep(
     taken = [name for name in complete if any(name in run.config for run in runs)]
     if taken:
         raise ValueError(f"sweep: settings must not be named as axes; got {', '.join(taken)}")
+    if job.check is not None:
+        job.check(complete, grid.configs)
     prepare_output(folder)
     with locked(folder):
         claim(folder, job, complete)

@@ -64,9 +64,11 @@ def invoke(*arguments: Any) -> Result:
 
 def test_commands_that_exist() -> None:
     assert sorted(command.name or "" for command in app.registered_commands) == [
+        "anova",
         "demo",
         "doctor",
         "sample",
+        "sweep",
         "train",
     ]
     assert invoke("--help").exit_code == 0

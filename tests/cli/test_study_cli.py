@@ -87,10 +87,11 @@ def test_a_wrong_sweep_ends_before_anything_runs(tmp_path: Path, options: list[s
     assert not (tmp_path / "out").exists()
 
 
-def test_a_budget_that_no_width_meets_fails_each_run_with_the_reason(tmp_path: Path) -> None:
-    result = invoke("sweep", "--smoke", "--budget", "0.01", "--output", tmp_path, "--cpus", 1)
-    assert result.exit_code == 1
+def test_a_budget_that_no_width_meets_is_refused_before_the_base_model_is_trained(tmp_path: Path) -> None:
+    result = invoke("sweep", "--smoke", "--budget", "0.01", "--output", tmp_path / "out", "--cpus", 1)
+    assert result.exit_code == 2
     assert "no width meets a budget of 0.01 %" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_anova_prints_the_published_values(tmp_path: Path) -> None:

@@ -351,3 +351,32 @@ def test_rejects_files(tmp_path: Path) -> None:
     (tmp_path / "half.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"half.parquet cannot be read as parquet: "):
         read_results(tmp_path / "half.parquet")
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["full_rank", "a_cell_missing"])
+def test_interactions_are_what_least_squares_says(tmp_path: Path, missing: bool) -> None:
+    """activation × scale against residual sums by least squares, by statsmodels and, with a hole, by contrasts."""
+    table = crossed()
+    table["score"] += 0.1 * (table["activation"] == "silu") * (table["scale"] == 4.0)
+    if missing:
+        table = table[~((table["activation"] == "relu") & (table["scale"] == 2.0))]
+    analysis = analyse(
+        saved(table, tmp_path), tmp_path / "out", response="score", interactions=True, allow_missing=missing
+    )
+    design, two = analysis.design, analysis.type_two
+    first, second = indicators(design, "activation"), indicators(design, "scale")
+    products = np.stack([a * b for a in first.T for b in second.T], axis=1)
+    apart, apart_rank = residual_sum([first, second], design.values)
+    whole, whole_rank = residual_sum([first, second, products], design.values)
+    term = next(each for each in two.terms if each.factor == "activation × scale")
+    assert (term.df, term.nominal) == (whole_rank - apart_rank, 6)
+    assert term.df == (5 if missing else 6)
+    assert ("activation × scale" in two.aliased) == missing
+    df_residual = len(design.data) - whole_rank
+    f = (apart - whole) / term.df / (whole / df_residual)
+    np.testing.assert_allclose([term.ss, term.f], [apart - whole, f], rtol=1e-8)
+    np.testing.assert_allclose(term.p, stats.f.sf(f, term.df, df_residual), rtol=1e-6)
+    alone, _ = residual_sum([second], design.values)
+    main = next(each for each in two.terms if each.factor == "activation")
+    np.testing.assert_allclose(main.ss, alone - apart, rtol=1e-8)
+    assert "| activation × scale |" in (tmp_path / "out" / "anova.md").read_text()

@@ -9,6 +9,7 @@ import pytest
 from kronafuse import Bottleneck, attach
 from kronafuse.study.digits import JOB, recipe_of
 from kronafuse.study.grid import make_grid
+from kronafuse.study.sweep import sweep
 from kronafuse.train.digits.base import base_folder, read_base
 
 SETTINGS = JOB.complete(JOB.smoke)
@@ -50,11 +51,12 @@ def test_the_base_model_is_trained_once(folder: Path) -> None:
         {"family": "bottleneck", "pairs": ["attn2_out -> ff_in"], "width": 4, "init": "paper"},
         {"family": "bottleneck", "pairs": ["res_in -> res_out"], "width": 4},
         {"family": "bottleneck", "pairs": ["attn2_context -> attn2_context"], "budget": 1},
+        {"family": "bottleneck", "pairs": ["ff_in -> block_out"], "form": "krona_res", "factors": "4x8"},
         {"family": "krona", "factors": "4x8"},
         {"family": "lokr", "factor": 4},
         {"family": "lora", "rank": 2},
     ],
-    ids=["transformer", "resnet", "context", "krona", "lokr", "lora"],
+    ids=["transformer", "resnet", "context", "krona_res", "krona", "lokr", "lora"],
 )
 def test_a_run_repeats_and_its_seed_decides(folder: Path, table: dict[str, Any]) -> None:
     first = figures(folder, table)
@@ -95,3 +97,21 @@ def test_a_run_without_the_base_model_says_so(tmp_path: Path) -> None:
 def test_rejects_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         JOB.complete(settings)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (
+            {"family": "bottleneck", "budget": 0.01},
+            r"ff_in relu .*budget=0\.01.*: .*no width meets a budget of 0\.01 %",
+        ),
+        ({"family": "krona", "factors": "5x8"}, r"krona factors=5x8 .*: .*N1 = 5 does not divide N = 32"),
+    ],
+)
+def test_what_no_run_can_do_is_refused_before_anything_runs(
+    tmp_path: Path, table: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"the digits job cannot train .*{message}"):
+        sweep(JOB, JOB.smoke, make_grid([table], [0]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

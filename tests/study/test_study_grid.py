@@ -96,7 +96,7 @@ def test_description() -> None:
         ([], [0], "the grid needs an adapter family"),
         ([{"family": "dora"}], [0], "family must be one of bottleneck, krona, lokr, lora; got 'dora'"),
         ([{"width": 4}], [0], "family must be one of bottleneck"),
-        ([bottleneck(rank=4)], [0], "family 'bottleneck' has no axis rank; its axes are: pairs, source"),
+        ([bottleneck(alpha=4.0)], [0], "family 'bottleneck' has no axis alpha; its axes are: pairs, source"),
         ([{"family": "lora", "width": 4}], [0], "family 'lora' has no axis width; its axes are: rank, alpha"),
         ([bottleneck(budget=2)], [0], "give width or budget, not both"),
         ([bottleneck(pairs="all", sink="ff_in")], [0], "give pairs, or source and sink, not both"),
@@ -225,3 +225,16 @@ def test_shipped_studies_are_grids_of_the_shipped_job(path: Path) -> None:
     assert len(found.grid.configs) >= 48
     job = find_job(found.job)
     assert set(job.complete(found.settings)) >= set(found.settings)
+
+
+def test_forms_of_bottlenecks_are_axes() -> None:
+    compacter = {"family": "bottleneck", "form": "compacter", "terms": [2, 4], "rank": 2, "width": 8}
+    krona = {
+        "family": "bottleneck", "pairs": "ff_in -> block_out", "form": ["krona", "krona_res"], "factors": "4x8",
+    }  # fmt: skip
+    configs = make_grid([compacter, krona], [0]).configs
+    assert [(each["form"], each["terms"], each["width"]) for each in configs] == [
+        ("compacter", 2, 8), ("compacter", 4, 8), ("krona", 4, None), ("krona_res", 4, None),
+    ]  # fmt: skip
+    assert [adapter_spec(each).factors for each in configs] == [None, None, (4, 8), (4, 8)]
+    assert "krona_res factors=4x8" in describe(configs[-1])

@@ -27,6 +27,7 @@ def analyse(
     over: str = RUNS,
     factors: Sequence[str] | None = None,
     where: Sequence[str] = (),
+    interactions: bool = False,
     allow_missing: bool = False,
 ) -> Analysis:
     """Analyses a results file; writes anova.md, anova.json and a PNG for each factor and for the positions.
@@ -35,6 +36,7 @@ def analyse(
     over:     "runs", seeds are replicates; "cells", the mean of each cell's runs
     factors:  columns; every axis that varies if absent
     where:    "column=value,..." or "column!=value,..."
+    interactions: every two factors together, in the type-II table
 
     Raises ValueError for a file, a response, factors and filters that do not fit, and for missing cells unless
     they are allowed.
@@ -44,7 +46,7 @@ def analyse(
     design = make_design(
         table, response, factors=factors, over=over, conditions=conditions, allow_missing=allow_missing
     )
-    alone, together = one_way(design), type_two(design)
+    alone, together = one_way(design), type_two(design, interactions=interactions)
     prepare_output(output)
     analysis = Analysis(
         path.name, tuple(map(str, conditions)), len(table), design, alone, together,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from statsmodels.formula.api import ols
@@ -19,7 +22,7 @@ from .design import Design
 
 @dataclass(frozen=True)
 class Term:
-    """One factor, given the others. `df` are the degrees of freedom that the others leave it, of `nominal`.
+    """One factor, or two together. `df` are the degrees of freedom that the other terms leave it, of `nominal`.
 
     With df = 0 the factor is aliased whole, and it has no figures.
     """
@@ -64,11 +67,13 @@ class TypeTwo:
         return {each.factor: (each.df, each.nominal) for each in self.terms if each.df < each.nominal}
 
 
-def type_two(design: Design) -> TypeTwo:
-    """Main effects by ordinary least squares: each factor's sum of squares given all others.
+def type_two(design: Design, *, interactions: bool = False) -> TypeTwo:
+    """Ordinary least squares: each term's sum of squares given all others that do not contain it.
 
-    A design matrix of full rank goes through statsmodels' type-II table. Otherwise each factor is compared with
-    the model that lacks it: its sum of squares is that of the contrasts which the other factors leave it, and
+    interactions: terms for every two factors beside the factors' own
+
+    A design matrix of full rank goes through statsmodels' type-II table. Otherwise each term is compared with
+    the model that lacks it: its sum of squares is that of the contrasts which the other terms leave it, and
     its degrees of freedom are their number.
 
     Raises ValueError where no residual degree of freedom is left.
@@ -77,12 +82,16 @@ def type_two(design: Design) -> TypeTwo:
     data = design.data.rename(
         columns={factor: name for name, factor in names.items()} | {design.response: "y"}
     )
-    full = _fit(data, list(names))
+    effects: list[tuple[str, ...]] = [(name,) for name in names]
+    if interactions:
+        effects += itertools.combinations(names, 2)
+    full = _fit(data, effects)
     rank, columns = int(np.linalg.matrix_rank(full.model.exog)), full.model.exog.shape[1]
     if int(full.df_resid) < 1:
+        terms = ", ".join(_effect_name(each, names) for each in effects)
         raise ValueError(
-            f"anova: {len(data)} observations leave no residual degree of freedom beside {', '.join(names.values())}:"
-            " no replicate; run more seeds, or name fewer --factors"
+            f"anova: {len(data)} observations leave no residual degree of freedom beside {terms}: no replicate;"
+            " run more seeds, or name fewer --factors"
         )
     ss_residual, ss_total = float(full.ssr), float(full.centered_tss)
     ms_residual = ss_residual / full.df_resid
@@ -92,33 +101,50 @@ def type_two(design: Design) -> TypeTwo:
         )
     table = anova_lm(full, typ=2) if rank == columns else None
     terms = []
-    for name, factor in names.items():
-        nominal = len(design.factors[factor]) - 1
+    for effect in effects:
+        factor = _effect_name(effect, names)
+        nominal = math.prod(len(design.factors[names[name]]) - 1 for name in effect)
         if table is not None:
-            row = table.loc[f"C({name})"]
+            row = table.loc[_formula_term(effect)]
             df, ss, f, p = row["df"], row["sum_sq"], row["F"], row["PR(>F)"]
         else:
-            reduced = _fit(data, [other for other in names if other != name])
-            df = reduced.df_resid - full.df_resid
+            df, ss = _given_others(data, effect, effects)
             if df == 0:
                 terms.append(Term(factor, nominal, 0))
                 continue
-            row = anova_lm(reduced, full).iloc[1]
-            ss, f, p = row["ss_diff"], row["F"], row["Pr(>F)"]
-        effects = (
+            f = ss / df / ms_residual
+            p = stats.f.sf(f, df, full.df_resid)
+        sizes = (
             ss / ss_total,
             ss / (ss + ss_residual),
             (ss - df * ms_residual) / (ss_total + ms_residual),
         )
-        terms.append(Term(factor, nominal, int(df), float(ss), float(f), float(p), *map(float, effects)))
+        terms.append(Term(factor, nominal, int(df), float(ss), float(f), float(p), *map(float, sizes)))
     return TypeTwo(terms, int(full.df_resid), ss_residual, ss_total, rank, columns, _parts(design))
 
 
-def _fit(data: pd.DataFrame, names: list[str]) -> Any:
+def _given_others(
+    data: pd.DataFrame, effect: tuple[str, ...], effects: Sequence[tuple[str, ...]]
+) -> tuple[int, float]:
+    """Degrees of freedom and sum of squares that an effect adds to those that do not contain it."""
+    others = [each for each in effects if not set(effect) <= set(each)]
+    reduced, larger = _fit(data, others), _fit(data, [*others, effect])
+    return round(reduced.df_resid - larger.df_resid), float(reduced.ssr - larger.ssr)
+
+
+def _effect_name(effect: tuple[str, ...], names: Mapping[str, str]) -> str:
+    return " × ".join(names[name] for name in effect)
+
+
+def _formula_term(effect: tuple[str, ...]) -> str:
+    return ":".join(f"C({name})" for name in effect)
+
+
+def _fit(data: pd.DataFrame, effects: Sequence[tuple[str, ...]]) -> Any:
     with warnings.catch_warnings():
         # the rank is looked at, and reported, by `type_two`
         warnings.filterwarnings("ignore", "The design matrix is rank-deficient")
-        return ols("y ~ " + (" + ".join(f"C({name})" for name in names) or "1"), data).fit()
+        return ols("y ~ " + (" + ".join(map(_formula_term, effects)) or "1"), data).fit()
 
 
 def _parts(design: Design) -> list[Parts]:

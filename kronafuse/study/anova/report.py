@@ -91,7 +91,7 @@ def as_markdown(analysis: Analysis) -> str:
         f"F = MS_between / MS_within; {OBSERVATIONS[design.over]}.",
         markdown_table(*one_way_rows(analysis.one_way)),
         "## All factors together (type II)",
-        "Each factor's sum of squares given all others, by ordinary least squares on main effects.",
+        "Each term's sum of squares given all others that do not contain it, by ordinary least squares.",
         markdown_table(*type_two_rows(analysis.type_two)),
         *_bullets(alias_notes(analysis.type_two)),
         "## Means",
