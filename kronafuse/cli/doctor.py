@@ -13,7 +13,7 @@ from ..version import VERSION
 
 LIBRARIES = (
     "torch", "triton", "safetensors", "diffusers", "transformers", "accelerate", "peft", "lycoris-lora",
-    "scikit-learn",
+    "scikit-learn", "ray", "statsmodels",
 )  # fmt: skip
 """Distributions that kronafuse works with."""
 

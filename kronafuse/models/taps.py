@@ -71,10 +71,14 @@ class BlockAdapters(nn.Module, ABC):
         self._handles.append(module.register_forward_hook(hook))
 
     def _reads(self, source: str) -> bool:
-        return any(spec.source == source for spec in self._specs.values())
+        return any(spec.source == source for spec in self._tapping())
 
     def _adds(self, sink: str, *, source: str | None = None) -> bool:
-        return any(spec.sink == sink and source in (None, spec.source) for spec in self._specs.values())
+        return any(spec.sink == sink and source in (None, spec.source) for spec in self._tapping())
+
+    def _tapping(self) -> list[Bottleneck]:
+        """The adapters between two positions; KronA^B is beside the feed-forward itself."""
+        return [spec for spec in self._specs.values() if spec.form not in KRONA_FORMS]
 
     def _at(self, sink: str, value: Tensor | None, here: Tensor | None) -> Tensor | None:
         """value + what the adapters of a sink add; `here` is the sink's own position before they do."""
@@ -100,26 +104,32 @@ class TransformerAdapters(BlockAdapters):
         self._crosses = block.attn2 is not None
 
     def _register(self, block: Any) -> None:
-        deferred = self._gated and (self._adds("attn2_in") or self._adds("ff_in"))
-        middle = self._adds("attn2_in", source="attn2_in") or self._adds("ff_in", source="ff_in")
-        self._before(block, self._enter)
-        if self._reads("attn1_out") or self._adds("attn2_in") or self._adds("ff_in"):
+        norm2_feeds_ff = block.norm_type == "ada_norm_single"
+        # Where a sum is added to attn1's branch; ff_in is one where there is no attn2, whose branch is ungated.
+        at_attn1 = "attn2_in" if self._crosses else "ff_in"
+        deferred = self._gated and self._adds(at_attn1)
+        stands_at_attn1 = not self._gated and self._adds(at_attn1, source=at_attn1)
+        stands_at_attn2 = self._crosses and self._adds("ff_in", source="ff_in")
+        beside_ff = any(spec.form in KRONA_FORMS for spec in self._specs.values())
+        if self._reads("attn1_in") or self._adds("attn1_in") or stands_at_attn1:
+            self._before(block, self._enter)
+        if self._reads("attn1_out") or (self._adds(at_attn1) and not self._gated):
             self._after(block.attn1, self._leave_attn1)
         if self._crosses:
-            if self._reads("attn2_in") or deferred or middle:
-                norm = block.attn2 if block.norm_type == "ada_norm_single" else block.norm2
-                self._before(norm, self._enter_attn2)
+            if self._reads("attn2_in") or deferred or stands_at_attn2:
+                self._before(block.attn2 if norm2_feeds_ff else block.norm2, self._enter_attn2)
             if self._adds(CONTEXT):
                 self._before(block.attn2, self._read_context)
-            self._after(block.attn2, self._leave_attn2)
+            if self._reads("attn2_out") or self._adds("ff_in") or deferred:
+                self._after(block.attn2, self._leave_attn2)
         if self._reads("ff_in") or (deferred and not self._crosses):
-            norm = block.norm2 if block.norm_type == "ada_norm_single" else block.norm3
-            self._before(norm, self._enter_ff)
-        if any(spec.form in KRONA_FORMS for spec in self._specs.values()):
+            self._before(block.norm2 if norm2_feeds_ff else block.norm3, self._enter_ff)
+        if beside_ff:
             self._before(block.ff, self._read_ff)
-        if self._reads("ff_out") or any(spec.form in KRONA_FORMS for spec in self._specs.values()):
+        if self._reads("ff_out") or beside_ff:
             self._after(block.ff, self._leave_ff)
-        self._after(block, self._leave)
+        if self._adds("block_out") or (deferred and not self._crosses):
+            self._after(block, self._leave)
 
     def _enter(self, _block: nn.Module, args: Any, kwargs: Any) -> Any:
         (hidden,), rest, kwargs = _first(args, kwargs, "hidden_states")

@@ -461,3 +461,17 @@ def test_no_adapter_modules_are_left():
     with attach(model, BEST):
         assert any(isinstance(each, BlockAdapters) for each in model.modules())
     assert not any(isinstance(each, BlockAdapters) for each in model.modules())
+
+
+def test_only_the_hooks_that_a_pair_needs():
+    """One sum at cross-attention's branch needs one hook there, and one that lets go of what was read."""
+    model, _ = build("sd15")
+    block = next(each for each in model.modules() if type(each).__name__ == "BasicTransformerBlock")
+
+    def hooks() -> int:
+        return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in block.modules())
+
+    for spec, count in ((BEST, 2), (Bottleneck("block_out", "block_out", 4), 2), (FORMS["krona"], 3)):
+        with attach(model, spec):
+            assert hooks() == count
+        assert hooks() == 0
