@@ -13,9 +13,14 @@ from pathlib import Path
 import kronafuse
 import pytest
 from kronafuse import backends
+from kronafuse.checks import ACTIVATIONS
+from kronafuse.cli.app import app
 from kronafuse.nn.specs import DEFAULT
+from kronafuse.ops.bottleneck.raw import IMPLEMENTATIONS as BOTTLENECK_IMPLEMENTATIONS
 from kronafuse.ops.kron_linear.raw import IMPLEMENTATIONS
 from kronafuse.planner import choose
+from kronafuse.testing.bottleneck_cases import CASES as BOTTLENECK_CASES
+from kronafuse.testing.bottleneck_cases import ODD_CASES as BOTTLENECK_ODD_CASES
 from kronafuse.testing.cases import ADAPTERS, CASES, LAYERS, ODD_CASES
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +120,8 @@ def test_import_needs_torch_alone_and_little_time():
         "print(sorted(loaded), spent)\n"
         "assert spent < 0.3, spent\n"
         "assert loaded == {'kronafuse'}, loaded\n"
-        "third = {'diffusers', 'transformers', 'peft', 'accelerate', 'safetensors', 'typer', 'rich', 'matplotlib'}\n"
+        "third = {'diffusers', 'transformers', 'peft', 'accelerate', 'safetensors', 'typer', 'rich', 'matplotlib',\n"
+        "         'ray', 'pandas', 'statsmodels', 'pyarrow', 'scipy'}\n"
         "assert not third & {name.split('.')[0] for name in sys.modules}\n"
         "x = torch.randn(2, 8)\n"
         "kronafuse.kron_delta(x, torch.randn(2, 2), torch.randn(3, 4))\n"
@@ -221,15 +227,32 @@ def test_cases_cover_the_planners_branches():
     assert len(CASES) == len(LAYERS) * len(ADAPTERS)
 
 
+def collected(name: str, *options: str) -> str:
+    """The tests of an operator that pytest finds."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", f"tests/ops/{name}.py"]
+    return subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+
+
+def test_every_bottleneck_case_and_backend_is_reached():
+    """The odd ones on every implementation and the case list on eager in `make test`, the rest in `make test-full`."""
+    fast, everything = (collected("test_bottleneck", *options) for options in (("-m", "not slow"), ()))
+    implementations = [each.name for each in BOTTLENECK_IMPLEMENTATIONS]
+    assert {"triton", "eager", "reference"} == set(implementations)
+    for impl, case in product(implementations, BOTTLENECK_ODD_CASES):
+        assert re.search(rf"test_odd_cases\[{case}-float(32|64)-{impl}\]", fast), f"{case} on {impl}"
+    for case in BOTTLENECK_CASES:
+        assert f"test_named_cases[{case}-float32-eager]" in fast, case
+        assert f"test_named_cases[{case}-float32-triton]" in everything, case
+    odd = BOTTLENECK_ODD_CASES.values()
+    assert {each.activation for each in odd} == set(ACTIVATIONS)
+    assert {each.residual for each in odd} == {"x", "other", "none"}
+    assert {each.biases for each in odd} == {True, False}
+
+
 def test_every_case_and_backend_is_reached():
     """What pytest collects for `make test` and `make test-full` runs every case on every implementation."""
 
-    def collected(*options: str) -> str:
-        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/ops/test_kron_linear.py"]
-        result = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT, check=True)
-        return result.stdout
-
-    fast, everything = collected("-m", "not slow"), collected()
+    fast, everything = (collected("test_kron_linear", *options) for options in (("-m", "not slow"), ()))
     implementations = [each.name for each in IMPLEMENTATIONS]
     assert set(implementations) <= set(backends.NAMES)
     for impl, case in product(implementations, ODD_CASES):
@@ -254,12 +277,18 @@ DOCUMENTS = sorted(
 
 
 def code_spans(text: str) -> list[str]:
-    """What stands in backticks, fenced or not."""
+    """What stands in backticks, fenced or not, and in indented blocks."""
     fenced = re.findall(r"```[a-z]*\n(.*?)```", text, re.S)
+    outside = re.sub(r"```.*?```", "", text, flags=re.S)
     return [
-        *re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)),
+        *re.findall(r"`([^`\n]+)`", outside),
         *"\n".join(fenced).splitlines(),
+        *re.findall(r"^    (.+)$", outside, re.M),
     ]
+
+
+ELSEWHERE = ("runs/", "path/", "images/", "my-", "stabilityai/", "stable-diffusion-v1-5/", "dist/")
+"""How names of files begin that are not the repository's."""
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -267,7 +296,7 @@ def test_paths_in_documents_exist(document):
     known = {path.name for path in ROOT.rglob("*") if not {".venv", ".git", ".cache"} & set(path.parts)}
     for span in code_spans(document.read_text()):
         for word in re.findall(r"(?<![\w./<-])(?:[\w.-]+/)+[\w.-]*(?![\w<*])", span):
-            made = word.startswith(("runs/", "path/", "images/", "my-", "stabilityai/", "stable-diffusion-v1-5/", "dist/"))
+            made = word.startswith(ELSEWHERE)
             places = (ROOT, document.parent, PACKAGE)
             assert made or any((place / word).exists() for place in places), f"{word} does not exist"
         if re.fullmatch(r"[\w-]+\.(py|md|toml|txt)", span):
@@ -277,9 +306,9 @@ def test_paths_in_documents_exist(document):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_in_documents_exist(document):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    commands = {path.stem for path in (PACKAGE / "cli").glob("*.py")}
+    commands = {command.name for command in app.registered_commands}
     for span in code_spans(document.read_text()):
-        for target in re.findall(r"^\s*make ([a-z-]+)", span):
+        for target in re.findall(r"^\s*make ([a-z-]+)", span.split("#")[0]):
             assert target in targets, f"make {target} does not exist"
         for command in re.findall(r"^\s*kronafuse ([a-z]+)", span):
             assert command in commands, f"kronafuse {command} does not exist"

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from kronafuse.nn.positions import PAIRS
+from kronafuse.study.anova.analysis import analyse
+from kronafuse.train.options import read_toml
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -56,3 +64,69 @@ def test_the_readme_quotes_the_committed_ratios():
     }
     for adapter, column in (("krona_64x4", 4), ("lokr_f8", 4), ("lokr_f8", 6)):
         assert rows[adapter, "float32"][column].strip() in text
+
+
+STUDY = RESULTS / "cpu" / "digits_study"
+ANALYSES = {
+    "pairs": {"where": ["activation=relu", "scale=1"]},
+    "form": {"where": ["pair=ff_in -> ff_in"], "interactions": True},
+}
+"""Folder of an analysis -> what it was made with."""
+
+
+def analysis_of(name: str) -> dict[str, Any]:
+    return json.loads((STUDY / name / "anova.json").read_text())
+
+
+def one_way_of(name: str) -> dict[str, dict[str, Any]]:
+    return {each["factor"]: each for each in analysis_of(name)["one_way"]}
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_the_committed_analyses_are_of_the_committed_runs(name, tmp_path):
+    analyse(STUDY / "results.csv", tmp_path, **ANALYSES[name])
+    committed, now = analysis_of(name), json.loads((tmp_path / "anova.json").read_text())
+    for each, other in zip(
+        [*committed["one_way"], *committed["type_two"]["terms"]],
+        [*now["one_way"], *now["type_two"]["terms"]],
+        strict=True,
+    ):
+        assert each == pytest.approx(other, rel=1e-6)
+    assert not committed["missing"]
+    for plot in committed["plots"].values():
+        with Image.open(STUDY / name / plot) as image:
+            assert image.format == "PNG"
+
+
+def test_the_committed_study_is_whole():
+    """All pairs and all forms, three seeds each, none failed; CSV and Parquet alike; the studies' settings."""
+    table = pd.read_csv(STUDY / "results.csv")
+    assert set(table["status"]) == {"finished"}
+    assert table["id"].is_unique
+    pairs = table[(table["activation"] == "relu") & (table["scale"] == 1)]
+    assert set(zip(pairs["source"], pairs["sink"], strict=True)) == set(PAIRS)
+    assert (pairs.groupby(["source", "sink"])["seed"].nunique() == 3).all()
+    best = table[(table["source"] == "ff_in") & (table["sink"] == "ff_in")]
+    assert (best.groupby(["activation", "scale"])["seed"].nunique() == 3).all()
+    assert len(best.groupby(["activation", "scale"])) == 16
+    parquet = pd.read_parquet(STUDY / "results.parquet")
+    assert parquet["accuracy_new"].tolist() == table["accuracy_new"].tolist()
+    for name in ("digits_pairs", "digits_form"):
+        settings = read_toml(ROOT / "bench" / "studies" / f"{name}.toml")["settings"]
+        for key, value in settings.items():
+            assert set(table[key]) == {value}, key
+
+
+def test_the_readme_quotes_the_committed_study():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    pairs, form = one_way_of("pairs"), one_way_of("form")
+    for each in (pairs["source"], pairs["sink"], form["activation"], form["scale"]):
+        quoted = f"F({each['df_between']}, {each['df_within']}) = {each['f']:.3g}"
+        assert quoted in text, quoted
+    table = pd.read_csv(STUDY / "results.csv")
+    relu = table[(table["activation"] == "relu") & (table["scale"] == 1)]
+    means = relu.groupby(["source", "sink"])["accuracy_new"].mean()
+    for pair in (means.idxmax(), means.idxmin(), ("attn2_out", "ff_in"), ("attn2_context", "attn2_context")):
+        assert f"`{pair[0]} -> {pair[1]}` {100 * means[pair]:.0f} %" in text, (pair, means[pair])
+    low, high = relu["parameters"].min(), relu["parameters"].max()
+    assert f"{low:,} to {high:,} parameters" in text

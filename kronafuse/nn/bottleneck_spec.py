@@ -8,19 +8,17 @@ from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 
-from ..checks import FLOATING
+from ..checks import ACTIVATIONS, FLOATING, MAX_WIDTH
 from .bottleneck_layout import BottleneckLayout
 from .fields import number, plain
 from .positions import POSITIONS, RESNET, check_pair
 from .spec import Spec
 
-ACTIVATIONS = ("identity", "relu", "sigmoid", "silu", "gelu")
 INITS = ("zero_up", "paper")
 FORMS = ("dense", "compacter", "krona", "krona_res")
 KRONA_FORMS = ("krona", "krona_res")
 KRONA_PAIR = ("ff_in", "block_out")
 """KronA^B stands beside the whole feed-forward."""
-MAX_WIDTH = 256
 WIDTH_STEP = 4
 """Widths that a budget chooses among are multiples of this."""
 

@@ -87,7 +87,7 @@ def test_rejects_pairs(arguments, text):
         ({"form": "compacter", "terms": 0}, "terms must be a positive integer; got 0"),
         ({"form": "compacter", "rank": 0}, "rank must be a positive integer; got 0"),
         ({"form": "compacter", "source": "res_in", "sink": "res_in"}, "'compacter' is for transformer blocks"),
-        ({"form": "krona", "factors": (4, 4)}, "beside the whole feed-forward: source, sink must be 'ff_in', 'block_out'"),
+        ({"form": "krona", "factors": (4, 4)}, "beside the whole feed-forward: source, sink must be 'ff_in'"),
         ({"form": "krona", "source": "ff_in", "sink": "block_out"}, "needs factors, two positive integers"),
         ({"form": "krona", "source": "ff_in", "sink": "block_out", "factors": (4, 0)}, "needs factors"),
         ({"form": "krona", "source": "ff_in", "sink": "block_out", "factors": (4, 4), "activation": "gelu"},
