@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +24,9 @@ GATED = ("ada_norm_zero", "ada_norm_single")
 class BlockAdapters(nn.Module, ABC):
     """All bottleneck adapters of one block.
 
-    Adapters that share a block are added up: each reads its source without what others add at that very
-    position, and with what was added before it. The block's own classes and methods stay as they are.
+    Adapters that share a block are added up. One whose sink is its own source reads without what others add
+    there; one that adds later reads its source with all that was added up to there. The block's own classes and
+    methods stay as they are. What a call has read is kept for the thread that makes it.
     """
 
     def __init__(self) -> None:
@@ -32,7 +34,15 @@ class BlockAdapters(nn.Module, ABC):
         self.adapters = nn.ModuleDict()
         self._specs: dict[str, Bottleneck] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._seen: dict[str, Tensor] = {}
+        self._by_thread: dict[int, dict[str, Tensor]] = {}
+        self._traced: dict[str, Tensor] = {}
+
+    @property
+    def _seen(self) -> dict[str, Tensor]:
+        """What this call has read so far, by position."""
+        if torch.compiler.is_compiling():
+            return self._traced  # Dynamo knows no threads
+        return self._by_thread.setdefault(threading.get_ident(), {})
 
     def add(self, block: nn.Module, spec: Bottleneck, adapter: BottleneckAdapter) -> None:
         """One more adapter with the spec's positions."""
@@ -58,7 +68,9 @@ class BlockAdapters(nn.Module, ABC):
             self._handles.append(block.register_forward_hook(self._forget, always_call=True))
 
     def _forget(self, _block: nn.Module, _args: Any, _output: Any) -> None:
-        self._seen.clear()
+        self._traced.clear()
+        if not torch.compiler.is_compiling():
+            self._by_thread.pop(threading.get_ident(), None)
 
     @abstractmethod
     def _register(self, block: nn.Module) -> None:

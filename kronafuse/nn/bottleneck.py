@@ -37,6 +37,16 @@ class BottleneckAdapter(TrainedTensors):
     residual_scale: Tensor
     down_bias: Tensor
     up_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+    def __init__(self, layout: BottleneckLayout, *, device: torch.device | str | None = None) -> None:
+        if not isinstance(layout, BottleneckLayout):
+            raise TypeError(
+                "BottleneckAdapter: layout must be what Bottleneck(...).layout(n, k) returns; got"
+                f" {type(layout).__name__}"
+            )
+        super().__init__(layout, device=device)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., K), residual (..., N) or None -> (..., N); channels come second with convolutions."""
@@ -78,11 +88,15 @@ class BottleneckAdapter(TrainedTensors):
 
     def _convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
         dtype = compute_dtype(x)
-        weights = {name: each.to(dtype) for name, each in self._parameters.items() if each is not None}
-        hidden = functional.group_norm(
-            x.to(dtype), self.layout.groups, weights["norm_weight"], weights["norm_bias"]
+        # Normalised as x comes: in 16 bits an offset of its channels would leave little of them.
+        normalised = functional.group_norm(
+            x, self.layout.groups, self.norm_weight.to(x.dtype), self.norm_bias.to(x.dtype)
         )
-        hidden = functional.conv2d(functional.silu(hidden), weights["down"], weights["down_bias"], padding=1)
+        weights = {
+            name: self.get_parameter(name).to(dtype) for name in ("down", "down_bias", "up", "up_bias")
+        }
+        hidden = functional.silu(normalised).to(dtype)
+        hidden = functional.conv2d(hidden, weights["down"], weights["down_bias"], padding=1)
         hidden = FORWARD[self.layout.activation](hidden) * self.scale.to(dtype)
         y = functional.conv2d(hidden, weights["up"], padding=1)
         y = y + (self.scale.to(dtype) * weights["up_bias"])[:, None, None]

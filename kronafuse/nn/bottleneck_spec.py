@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
+from fractions import Fraction
 
 import torch
 
@@ -19,6 +20,7 @@ FORMS = ("dense", "compacter", "krona", "krona_res")
 KRONA_FORMS = ("krona", "krona_res")
 KRONA_PAIR = ("ff_in", "block_out")
 """KronA^B stands beside the whole feed-forward."""
+DEFAULT_WIDTH, DEFAULT_TERMS = 60, 4
 WIDTH_STEP = 4
 """Widths that a budget chooses among are multiples of this."""
 
@@ -56,14 +58,14 @@ class Bottleneck(Spec):
 
     source: str = "attn2_out"
     sink: str = "ff_in"
-    width: int | None = 60
+    width: int | None = DEFAULT_WIDTH
     _: KW_ONLY
     activation: str = "relu"
     scale: float = 1.0
     init: str = "zero_up"
     budget: float | None = None
     form: str = "dense"
-    terms: int = 4
+    terms: int = DEFAULT_TERMS
     rank: int | None = None
     factors: tuple[int, int] | None = None
     dtype: torch.dtype = torch.float32
@@ -110,6 +112,11 @@ class Bottleneck(Spec):
                 f"Bottleneck: form {self.form!r} has its size by factors; budget and rank must be None, got"
                 f" budget={self.budget!r}, rank={self.rank!r}"
             )
+        if self.width not in (None, DEFAULT_WIDTH) or self.terms != DEFAULT_TERMS:
+            raise ValueError(
+                f"Bottleneck: form {self.form!r} has neither width nor terms; got width={self.width!r},"
+                f" terms={self.terms!r}"
+            )
         if self.activation not in ("relu", "identity"):
             raise ValueError(
                 f"Bottleneck: form {self.form!r} is linear and has no activation; got {self.activation!r}"
@@ -150,6 +157,8 @@ class Bottleneck(Spec):
             self._check_compacter()
         elif self.rank is not None:
             raise ValueError(f"Bottleneck: rank is for the form 'compacter'; got {self.rank!r}")
+        elif self.terms != DEFAULT_TERMS:
+            raise ValueError(f"Bottleneck: terms are for the form 'compacter'; got {self.terms!r}")
 
     def _check_compacter(self) -> None:
         if POSITIONS[self.source].block == RESNET:
@@ -198,6 +207,13 @@ class Bottleneck(Spec):
                 f"Bottleneck: {'terms' if self.factors is None else 'factors (N1, K1)'} must divide the sizes (N, K)"
                 f"{f' of {name}' if name else ''}: {'; '.join(wrong)}"
             )
+        if self.rank is not None and self.width is not None:
+            most = min(n, k, self.width) // self.terms
+            if self.rank > most:
+                raise ValueError(
+                    f"Bottleneck: rank must be at most min(N, K, H) / terms = {most} for (N, K) = ({n}, {k})"
+                    f"{f' of {name}' if name else ''}; got {self.rank}"
+                )
         if self.form == "krona_res" and n != k:
             raise ValueError(f"Bottleneck: form 'krona_res' adds X itself, so N = K; got N = {n}, K = {k}")
         return BottleneckLayout(
@@ -212,7 +228,7 @@ class Bottleneck(Spec):
         """
         if self.budget is None:
             return self
-        allowed = int(self.budget / 100 * model_parameters)
+        allowed = int(Fraction(str(self.budget)) * model_parameters / 100)
         step = WIDTH_STEP if self.form == "dense" else math.lcm(WIDTH_STEP, self.terms)
         fitting, least = None, 0
         for width in range(step, MAX_WIDTH + 1, step):

@@ -102,6 +102,8 @@ FAST = (Case("krona_64x4", 4096, KronShape(64, 4, 20, 320)), Case("lokr_f8", 409
 """Thin and fat: between them every kernel, every kind of tail but multiply-adds of B, and W in both layouts."""
 FAST_BOTTLENECKS = ("sdxl_640-width_160", "sd15_1280-width_256")
 """A width in two parts, and the widest."""
+BATCH = 16
+"""Images of a batch whose tokens fill the largest tiles."""
 OTHERS = (
     Case("krona_4x64", 1024, KronShape(4, 64, 160, 10)),
     Case("krona_shuffled", 1024, KronShape(64, 8, 20, 160), shuffled=True),
@@ -146,6 +148,8 @@ def bottlenecks(dtype: torch.dtype) -> Iterator[Problem]:
     """The case list; every activation once; what autocast leaves in fp32 beside 16-bit products, at every width."""
     for case in bottleneck_cases.CASES.values():
         yield case.name, partial(bottleneck_step, case, dtype)
+        batch = replace(case, tokens=BATCH * case.tokens)
+        yield f"{case.name}-batch_{BATCH}", partial(bottleneck_step, batch, dtype)
         if case.name.startswith("sd15_1280"):
             yield f"{case.name}-everything", partial(bottleneck_step, case, dtype, everything=True)
     for activation in checks.ACTIVATIONS:
@@ -159,7 +163,12 @@ def problems(architecture: Architecture, dtype: torch.dtype, *, everything: bool
         yield case.name, partial(train_step, case, dtype)
     yield f"{FAST[0].name}-merge", partial(merge_weight, FAST[0], dtype)
     for name in FAST_BOTTLENECKS:
-        yield name, partial(bottleneck_step, bottleneck_cases.CASES[name], dtype)
+        case = bottleneck_cases.CASES[name]
+        yield name, partial(bottleneck_step, case, dtype)
+        yield (
+            f"{name}-batch_{BATCH}",
+            partial(bottleneck_step, replace(case, tokens=BATCH * case.tokens), dtype),
+        )
     if everything and dtype != torch.float16:
         for case in OTHERS:
             yield case.name, partial(train_step, case, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -288,7 +289,7 @@ def test_gradient_checkpointing(name):
         y = output(model, inputs)
         gradients.append([y.detach(), *torch.autograd.grad(y.square().mean(), list(attachment.parameters()))])
         # The second pass ends early; what it has read must not outlive it.
-        assert not any(each._seen for each in model.modules() if isinstance(each, BlockAdapters))
+        assert not any(each._by_thread for each in model.modules() if isinstance(each, BlockAdapters))
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, again)
 
@@ -475,3 +476,45 @@ def test_only_the_hooks_that_a_pair_needs():
         with attach(model, spec):
             assert hooks() == count
         assert hooks() == 0
+
+
+@pytest.mark.parametrize(
+    "pair", [("attn1_in", "block_out"), ("attn2_in", "ff_in"), ("res_in", "res_out")], ids="-".join
+)
+def test_threads_do_not_see_each_other(pair):
+    """One model serving several threads, each with inputs of its own, gives what it gives alone."""
+    model, inputs = build("sd15")
+    randomize(attach(model, Bottleneck(*pair, 8)))
+    many = [{**inputs, "sample": inputs["sample"] + shift} for shift in range(4)]
+    with torch.no_grad():
+        alone = [output(model, each) for each in many]
+
+    def serve(index):
+        with torch.no_grad():
+            return all(torch.equal(output(model, many[index]), alone[index]) for _ in range(25))
+
+    with ThreadPoolExecutor(len(many)) as pool:
+        assert list(pool.map(serve, range(len(many)))) == [True] * len(many)
+    assert not any(each._by_thread for each in model.modules() if isinstance(each, BlockAdapters))
+
+
+def test_two_with_different_places_in_one_block():
+    """One that adds at its own source reads without the other there; one that adds later reads with it."""
+    model, inputs = build("sd15")
+    first = attach(model, Bottleneck("attn1_in", "attn2_in", 4))
+    randomize(first, 1)
+    reads = {}
+    for sink in ("attn2_in", "ff_in"):
+        second = attach(model, Bottleneck("attn2_in", sink, 6))
+        name, adapter = next(iter(second._trained.items()))
+        seen = []
+        handle = adapter.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].detach()))
+        for strength in (1.0, 0.0):
+            first.scale = strength
+            output(model, inputs)
+        handle.remove()
+        second.remove()
+        reads[sink] = (seen[0] - seen[1]).abs().max()
+        assert name.startswith("down_blocks.0")
+    assert reads["attn2_in"] < 1e-5
+    assert reads["ff_in"] > 1e-2

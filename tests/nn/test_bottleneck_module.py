@@ -189,3 +189,21 @@ def test_activations_in_float32_with_gradients(form, activation):
     truth = torch.autograd.grad(expected, list(adapter.parameters()), dy)
     for got, each in zip(torch.autograd.grad(y, list(single.parameters()), dy.float()), truth, strict=True):
         torch.testing.assert_close(got.double(), each, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0, 300.0])
+def test_convolutions_normalise_before_they_round(offset):
+    """Under autocast a feature map with an offset keeps its features: the norm is taken before the 16 bits."""
+    adapter = made(SPECS["convolution"]).float()
+    x, residual = (each.float() for each in inputs("convolution"))
+    expected = formula(copy.deepcopy(adapter).double(), (x + offset).double(), 0 * residual.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = adapter(x + offset)
+    assert (y - expected).norm() < 0.02 * expected.norm()
+
+
+def test_rejects_a_spec_in_place_of_a_layout():
+    with pytest.raises(
+        TypeError, match=r"layout must be what Bottleneck\(\.\.\.\)\.layout\(n, k\) returns; got Bottleneck"
+    ):
+        BottleneckAdapter(Bottleneck())

@@ -94,6 +94,9 @@ def test_rejects_pairs(arguments, text):
          "is linear and has no activation; got 'gelu'"),
         ({"form": "krona", "source": "ff_in", "sink": "block_out", "factors": (4, 4), "budget": 1.0},
          "has its size by factors"),
+        ({"form": "krona", "source": "ff_in", "sink": "block_out", "factors": (4, 4), "width": 300},
+         "has neither width nor terms; got width=300"),
+        ({"terms": 7}, "terms are for the form 'compacter'; got 7"),
         ({"form": "krona_res", "source": "ff_in", "sink": "block_out", "factors": (4, 4), "scale": 0.0},
          "needs a scale other than 0"),
     ],
@@ -113,6 +116,10 @@ def test_rejects_sizes_that_do_not_divide():
         ValueError, match=r"terms must divide the sizes \(N, K\) of here: 4 does not divide N = 30"
     ):
         Bottleneck(form="compacter", width=8).layout(30, 32, "here")
+    with pytest.raises(
+        ValueError, match=r"rank must be at most min\(N, K, H\) / terms = 2 for .* of here; got 3"
+    ):
+        Bottleneck(form="compacter", width=8, rank=3).layout(32, 32, "here")
     spec = Bottleneck("ff_in", "block_out", form="krona", factors=(5, 3))
     with pytest.raises(
         ValueError, match=r"factors \(N1, K1\) must .*: 5 does not divide N = 32; 3 does not divide K"
@@ -207,6 +214,12 @@ def test_budget_takes_the_largest_multiple_of_four():
         for more, expected in ((0, width), (1, width), (cost(width + 4) - cost(width) - 1, width)):
             spec = Bottleneck(width=None, budget=100.0).within(cost(width) + more, sizes)
             assert (spec.width, spec.budget) == (expected, None)
+    # 0.57 % of 100,000 is 570, although 0.57 / 100 * 100,000 is less in floating point
+    exact = {"one": (22, 22)}
+    assert Bottleneck(width=12).layout(22, 22).parameters == 562
+    assert Bottleneck(width=None, budget=0.57).within(100_000, {"one": (22, 22)}).width == 12
+    assert Bottleneck(width=None, budget=0.562).within(100_000, exact).width == 12
+    assert Bottleneck(width=None, budget=0.561).within(100_000, exact).width == 8
     assert Bottleneck(width=None, budget=50.0).within(10**9, sizes).width == 256
     six = Bottleneck(width=None, budget=100.0, form="compacter", terms=6)
     assert six.within(10**6, {"one": (48, 48)}).width == 252

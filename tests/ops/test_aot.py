@@ -72,6 +72,8 @@ def assert_shippable(records: list[Record], kernels: set[str]) -> None:
         if record.kernel.startswith("bottleneck") and record.dtype != "fp32":
             counts = record.instructions
             assert counts["mma"] + counts["wgmma"] + counts["tcgen05"] > 0, record
+            if record.constants["BLOCK_M"] >= 64 and record.architecture == 90:
+                assert counts["wgmma"] > 0, record
 
 
 def assert_linear_instructions(record: Record) -> None:
@@ -97,6 +99,8 @@ def test_kernels_compile(version, tmp_path):
     expected = OLDEST if version == OLDEST else env.package_version("triton")
     assert {record.triton for record in records} == {expected}
     assert_shippable(records, KERNELS)
+    tiles = {each.constants["BLOCK_M"] for each in records if each.kernel == "bottleneck_forward"}
+    assert max(tiles) == 64, "the rows of a whole batch are not among the problems"
     found = [((each.triton, each.architecture, each.kernel, each.problem), each.spilled) for each in records]
     assert [(key, spilled) for key, spilled in found if spilled > KNOWN_SPILLS.get(key, 0)] == []
     descriptors = {record.architecture for record in records if record.constants.get("DESCRIPTORS")}

@@ -8,9 +8,10 @@ import pytest
 import torch
 from kronafuse import available_impls, backends, checks
 from kronafuse.ops.bottleneck import eager, raw
+from kronafuse.ops.bottleneck.call import Call, Needs
 from kronafuse.ops.bottleneck.op import bottleneck
 from kronafuse.ops.bottleneck.ref import bottleneck_ref
-from kronafuse.testing.bottleneck import bottleneck_chain, call, check_case
+from kronafuse.testing.bottleneck import call, check_case
 from kronafuse.testing.bottleneck_cases import CASES, ODD_CASES, BottleneckCase
 from kronafuse.testing.inputs import bottleneck_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -198,41 +199,65 @@ def test_available_impls_speaks_for_this_op_too():
 
 
 class Allocations(TorchDispatchMode):
-    """Elements of every new tensor that an operation returns, views and what is written into left out."""
+    """Elements of every tensor with memory of its own that an operation returns; views and `out=` left out.
 
-    def __init__(self) -> None:
+    Every tensor seen is kept, so that no memory is given out twice.
+    """
+
+    def __init__(self, *known: torch.Tensor) -> None:
         super().__init__()
+        self.kept = list(known)
         self.sizes: list[int] = []
-        self.storages: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        storages = {each.untyped_storage().data_ptr() for each in self.kept}
         for each in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in self.storages:
-                self.storages.add(each.untyped_storage().data_ptr())
-                self.sizes.append(each.numel())
+            if isinstance(each, torch.Tensor):
+                if each.untyped_storage().data_ptr() not in storages:
+                    self.sizes.append(each.numel())
+                self.kept.append(each)
         return result
 
+    def wide(self, elements: int) -> int:
+        """How many of them are as large as that."""
+        return sum(size >= elements for size in self.sizes)
 
-def wide_allocations(function, *, residual: str, scale: float) -> int:
-    """How many tensors as large as y (or dx) the function makes, forward and backward."""
+
+def flat_call(residual: str, dtype: torch.dtype, scale: float | torch.Tensor) -> tuple[Call, torch.Tensor]:
+    """A problem of 64 tokens, 96 wide, as the implementations take it, and its dy."""
     case = BottleneckCase("memory", 64, 96, 8, 96, residual)
-    tensors = {
-        name: tensor.requires_grad_() for name, tensor in bottleneck_inputs(case, torch.float32).items()
-    }
-    dy = torch.randn(64, 96)
-    with Allocations() as seen:
-        seen.storages |= {each.untyped_storage().data_ptr() for each in (*tensors.values(), dy)}
-        kept = call(function, case, tensors, scale)
-        torch.autograd.grad(kept, list(tensors.values()), dy)
-    return sum(size >= 64 * 96 for size in seen.sizes)
+    tensors = bottleneck_inputs(case, dtype)
+    added = {"x": tensors["x"], "other": tensors.get("residual"), "none": None}[residual]
+    factors = (tensors[name] for name in ("down", "up", "down_bias", "up_bias"))
+    own = residual == "x"
+    return Call(tensors["x"], added, *factors, scale, "gelu", dtype, own), torch.randn(64, 96).to(dtype)
 
 
 @pytest.mark.parametrize("residual", ["x", "other", "none"])
-def test_eager_makes_nothing_wide_beyond_y_and_dx(residual):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("scale", [0.7, torch.tensor(0.7)], ids=["number", "tensor"])
+def test_eager_makes_nothing_wide_beyond_y_and_dx(residual, dtype, scale):
+    """Inside the implementation, where nothing hides: one wide tensor forward, one backward."""
+    problem, dy = flat_call(residual, dtype, scale)
+    known = [each for each in problem if isinstance(each, torch.Tensor)]
+    with Allocations(*known, dy) as forward:
+        _, pre = eager.forward(problem, True)
+    assert forward.wide(64 * 96) == 1
+    needs = Needs(True, True, True, True, True, isinstance(scale, torch.Tensor))
+    with Allocations(*known, dy, pre) as backward:
+        eager.backward(dy, problem, pre, needs)
+    assert backward.wide(64 * 96) == 1
+
+
+def test_the_count_of_wide_tensors_sees_them():
     """The plain chain, counted the same way, makes more."""
-    assert wide_allocations(partial(bottleneck, impl="eager"), residual=residual, scale=0.7) == 2
-    assert wide_allocations(bottleneck_chain, residual=residual, scale=0.7) > 2
+    problem, _ = flat_call("x", torch.float32, 0.7)
+    known = [each for each in problem if isinstance(each, torch.Tensor)]
+    with Allocations(*known) as seen:
+        hidden = torch.nn.functional.gelu(problem.x @ problem.down.t() + problem.down_bias)
+        problem.x + 0.7 * (hidden @ problem.up.t() + problem.up_bias)
+    assert seen.wide(64 * 96) == 4
 
 
 def saved(case: BottleneckCase, wanted: tuple[str, ...]) -> list[torch.Tensor]:

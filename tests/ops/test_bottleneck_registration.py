@@ -77,6 +77,41 @@ def test_second_derivatives_raise():
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("own_residual", [True, False], ids=["own_residual", "no_residual"])
+@pytest.mark.parametrize("of", ["hessian", "gradient_penalty", "nested_grad"])
+def test_second_derivatives_raise_with_frozen_factors(of, own_residual):
+    """Where x alone asks for a gradient nothing else leads back to the op: it must raise, not give a first one's."""
+    frozen = {name: each.detach() for name, each in factors().items() if isinstance(each, torch.Tensor)}
+
+    def total(x):
+        return bottleneck(x, x if own_residual else None, **frozen, activation="silu", impl="eager").sum()
+
+    def penalised(x):
+        (dx,) = torch.autograd.grad(total(x), x, create_graph=True)
+        (total(x) + dx.square().sum()).backward()
+
+    twice = {
+        "hessian": lambda x: torch.autograd.functional.hessian(total, x.detach()),
+        "gradient_penalty": penalised,
+        "nested_grad": torch.func.grad(lambda x: torch.func.grad(total)(x).square().sum()),
+    }[of]
+    with pytest.raises(RuntimeError, match="bottleneck: second derivatives are not implemented"):
+        twice(torch.randn(3, 48, requires_grad=of == "gradient_penalty"))
+
+
+@pytest.mark.parametrize(
+    "transform", [torch.func.jacfwd, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1]]
+)
+def test_forward_mode_raises_and_is_not_zero(transform):
+    own = factors()
+
+    def run(x):
+        return bottleneck(x, None, **{**own, "activation": "silu"}, impl="eager")
+
+    with pytest.raises(RuntimeError, match=r"jvp|vmap"):
+        transform(run)(torch.randn(2, 48))
+
+
 @pytest.mark.parametrize("impl", ["eager", "auto"])
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_compile_fullgraph_one_graph_for_scales_and_tokens(residual, impl):

@@ -202,7 +202,7 @@ def test_width_in_parts():
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_configurations_fit_the_work(capability, dtype):
-    """Columns are shared out whole, and few rows give as many programs as their columns allow."""
+    """Columns are shared out whole, few rows give many programs, and the tiles fit the shared memory."""
     for case in CASES.values():
         for tokens in (1, case.tokens, 16 * case.tokens):
             config = tuning.bottleneck_config(
@@ -219,6 +219,9 @@ def test_configurations_fit_the_work(capability, dtype):
             assert config.split <= tuning.MOST_SPLITS
             assert config.stages >= 2
             assert config.block_in >= 16
+            width = config.width + config.second
+            tiles = config.stages * config.block_in * (config.block_m * 4 + width * dtype.itemsize)
+            assert tiles + config.block_m * width * dtype.itemsize <= SHARED_BYTES[capability]
             programs = tuning.blocks(tokens, config.block_m) * config.split
             assert config.split == 1 or programs <= tuning.PROGRAMS
 

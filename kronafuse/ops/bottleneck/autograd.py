@@ -22,7 +22,7 @@ class Bottleneck(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         options, _, x, residual, down, up, down_bias, up_bias, scale = inputs
         _, pre = output
-        ctx.mark_non_differentiable(pre)
+        # The pre-activation stays part of the graph: by it a second derivative finds its way here, and raises.
         ctx.set_materialize_grads(False)
         ctx.options = options
         ctx.residual_dtype = None if residual is None else residual.dtype

@@ -59,7 +59,8 @@ def bottleneck(
     number = 1.0 if isinstance(scale, Tensor) else float(scale)
     options = Options(number, activation, compute_dtype(x), residual_is_x, impl)
     tensors = [x, residual, down, up, down_bias, up_bias, scale_tensor]
-    if not (torch.is_grad_enabled() and any_requires_grad(tensors)):
+    if not torch.is_grad_enabled() or (compiling and not any_requires_grad(tensors)):
+        # Where nothing has a gradient Dynamo hands ctx to a Function's forward, although it has a setup_context.
         return bottleneck_forward(*tensors, *options, False)[0]
     keep = any_requires_grad((x, down, up, down_bias, scale_tensor))
     return Bottleneck.apply(options, keep, *(distinct(tensors) if compiling else tensors))[0]

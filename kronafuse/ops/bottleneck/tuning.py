@@ -16,6 +16,8 @@ from ..launch import Architecture
 
 PROGRAMS = 128
 """Programs that a launch should have where there is work for so many."""
+WIDE = 192
+"""Hidden widths above it take narrower tiles of the features."""
 MOST_SPLITS = 8
 """Programs that may share the columns of one block of rows; each of them computes its hidden layer."""
 
@@ -62,7 +64,8 @@ def bottleneck_config(
     single = dtype == torch.float32
     first, second = width_parts(width)
     block_m = power_of_two(tokens // PROGRAMS, at_most=32 if single else 64)
-    step, stages = 32 if single else 64, 3
+    # The widest hidden layers leave few registers for the tiles beside them.
+    step, stages = 32 if single or first + second > WIDE else 64, 3
 
     def shared() -> int:
         """The stages' tiles of the features and of the factor, and the hidden layer."""
