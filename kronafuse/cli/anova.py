@@ -19,9 +19,6 @@ def anova(
         ),
     ] = None,
     response: Annotated[str, typer.Option(help="A numeric column.")] = "accuracy_new",
-    over: Annotated[
-        str, typer.Option(help='What an observation is: "runs", seeds are replicates; "cells", their means.')
-    ] = "runs",
     factors: Annotated[
         str | None, typer.Option(help="Columns, separated by commas; every axis that varies if absent.")
     ] = None,
@@ -40,34 +37,45 @@ def anova(
 ) -> None:
     """Analyse the variance of a sweep's results: one-way F of each factor, a type-II table, plots, a report.
 
-    Cells without a result are named and end the command, unless --allow-missing.
+    One-way F is over configurations, as the paper has it (each one's mean over its seeds), and over runs. Runs
+    and cells without a result are named and end the command, unless --allow-missing.
     """
     require_libraries(ANOVA_LIBRARIES)
     from rich.console import Console
     from rich.table import Table
 
     from ..study.anova.analysis import analyse
-    from ..study.anova.report import MARKDOWN, alias_notes, one_way_rows, type_two_rows
+    from ..study.anova.report import (
+        MARKDOWN,
+        NO_POSITIONS,
+        POSITIONS_PLOT,
+        alias_notes,
+        one_way_rows,
+        one_way_tables,
+        type_two_rows,
+        type_two_title,
+    )
 
     folder = output or results.parent / f"anova-{response}"
     analysis = analyse(
         results, folder,
-        response=response, over=over, factors=None if factors is None else factors.split(","),
+        response=response, factors=None if factors is None else factors.split(","),
         where=where or [], interactions=interactions, allow_missing=allow_missing,
     )  # fmt: skip
     console = Console()
     design = analysis.design
-    for title, (head, rows) in {
-        f"{response}: one factor at a time, over {len(design.data)} {over}": one_way_rows(analysis.one_way),
-        f"{response}: all factors together, type II": type_two_rows(analysis.type_two),
-    }.items():
-        table = Table(*head, title=title)
+    tables = {title: one_way_rows(results) for title, (_, results) in one_way_tables(analysis).items()}
+    tables[type_two_title(analysis)] = type_two_rows(analysis.type_two)
+    for title, (head, rows) in tables.items():
+        table = Table(*head, title=f"{response}: {title}")
         for row in rows:
             table.add_row(*row)
         console.print(table)
     notes = alias_notes(analysis.type_two)
     notes += [f"Left out: {name} ({why})." for name, why in design.left_out.items()]
     notes += [f"Missing: {name}." for name in design.missing]
+    if POSITIONS_PLOT not in analysis.plots.values():
+        notes.append(NO_POSITIONS)
     for note in notes:
         console.print(note, markup=False)
     console.print(f"Written: {folder / MARKDOWN}", markup=False, soft_wrap=True)

@@ -20,11 +20,19 @@ def sweep(
             metavar="[STUDY]", help="TOML file: job, seeds, [settings], [[adapters]].", show_default=False
         ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the runs' records and the results table.")] = Path(
-        "runs/sweep"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the runs' records and the results table; runs/sweep if absent, and runs/sweep-smoke"
+            " with --smoke.",
+            show_default=False,
+        ),
+    ] = None,
     job: Annotated[
-        str | None, typer.Option(help='"digits" (the default), or your own as module:function.')
+        str | None,
+        typer.Option(
+            help='"digits" (the default), or your own as module:function, from this folder or installed.'
+        ),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Integers, separated by commas.")] = None,
     family: Annotated[
@@ -54,7 +62,9 @@ def sweep(
     alpha: Values = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the job, as steps=200."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A setting of the job, as steps=200; a TOML value, or text."
+        ),
     ] = None,
     cpus: Annotated[
         int | None, typer.Option(help="Processors that runs may take; all of this machine's if absent.")
@@ -70,13 +80,17 @@ def sweep(
         bool, typer.Option("--retry-failed", help="Redo the runs that failed before.")
     ] = False,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="A few steps and one seed: runs everything, learns nothing.")
+        bool,
+        typer.Option(
+            "--smoke", help="A few steps and one seed: runs everything, learns nothing. --set counts over it."
+        ),
     ] = False,
 ) -> None:
     """Train every adapter of a grid once, on Ray, and gather the results in one table.
 
     An axis given as an option takes the place of the study file's in every family that has it. The same
-    command again goes on after a kill and redoes nothing; another grid into the same folder adds to it.
+    command again goes on after a kill and redoes nothing; another grid into the same folder adds to it. The
+    table has runs that are still to be done too, as pending.
     Exits with 1 where runs failed.
     """
     require_libraries(SWEEP_LIBRARIES)
@@ -103,24 +117,26 @@ def sweep(
         smoke=smoke,
     )
     found = find_job(request.job)
+    folder = output or Path("runs/sweep-smoke" if smoke else "runs/sweep")
     console = Console()
     if smoke:
         console.print("Smoke run: a few steps of each run; its figures mean nothing.", style="bold")
-    console.print(f"{len(request.grid.configs)} runs of job {found.name}, into {output}", markup=False)
+    console.print(f"{len(request.grid.configs)} runs of job {found.name}, into {folder}", markup=False)
     if request.grid.illegal:
         console.print(
             f"Left out, not legal: {len(request.grid.illegal)} pairs ({', '.join(request.grid.illegal)})",
             markup=False,
         )
+    settings_of_all = {**request.settings, **(found.smoke if smoke else {}), **request.options}
     outcome = run(
-        found, {**request.settings, **(found.smoke if smoke else {})}, request.grid, output,
+        found, settings_of_all, request.grid, folder,
         resources=Resources(address, cpus, cpus_per_run, gpus_per_run),
         retries=retries, retry_failed=retry_failed, console=console,
     )  # fmt: skip
     before = len(outcome.finished) + len(outcome.failed) - len(outcome.ran)
     console.print(
         f"{len(outcome.finished)} finished, {len(outcome.failed)} failed; {before} of them were there before."
-        f" Written: {output / CSV}, {output / PARQUET}",
+        f" Written: {folder / CSV}, {folder / PARQUET}",
         markup=False, soft_wrap=True,
     )  # fmt: skip
     if outcome.failed:

@@ -6,7 +6,8 @@ for a ResBlock. The released code also writes each transformer adapter's only ch
 and reads without it; here it is read where it is there and has to be equal, and is not written.
 
 Nothing there says where the adapters read and write, nor their activation, scale and start. `save` adds
-`kronafuse.json` with them, which the released code passes over, as it does whatever is not named like a module.
+`kronafuse.json` with them, which the released code passes over, as it does whatever is not named like a module. There
+the scale comes from its configuration: what belongs there is the spec's scale times the attachment's.
 
 Source: Xiang et al. 2023, arXiv 2303.18181, released code.
 """

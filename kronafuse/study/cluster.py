@@ -61,7 +61,7 @@ def connected(resources: Resources, folder: Path) -> Iterator[int]:
     if ours and resources.address is None:
         ray.init(
             address="local",
-            num_cpus=resources.cpus or len(os.sched_getaffinity(0)),
+            num_cpus=resources.cpus or usable_cpus(),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -77,6 +77,13 @@ def connected(resources: Resources, folder: Path) -> Iterator[int]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def usable_cpus() -> int:
+    """Processors that this process may use, or the machine's where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def check_answers(address: str) -> None:

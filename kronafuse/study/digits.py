@@ -55,7 +55,12 @@ def recipe_of(settings: Mapping[str, Any]) -> Recipe:
 
 
 def check(settings: Mapping[str, Any], configs: Sequence[Mapping[str, Any]]) -> None:
-    """ValueError for an adapter that the base model cannot have: a budget that no width meets, factors of no size."""
+    """ValueError for a warm-up longer than the training, and for an adapter that the base model cannot have."""
+    if settings["warmup"] > settings["steps"]:
+        raise ValueError(
+            "sweep: the digits job's warmup must be at most its steps; got"
+            f" warmup={settings['warmup']}, steps={settings['steps']}"
+        )
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNET)
     for config in {json.dumps({**each, "seed": 0}): each for each in configs}.values():

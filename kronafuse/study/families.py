@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from ..nn.bottleneck_spec import KRONA_FORMS
 from ..train.options import convert
 
 Config = dict[str, Any]
@@ -41,6 +42,13 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Family -> its spec and the axes it takes."""
 
+MAPS = ("dense", "compacter")
+FORMS_WITH: dict[str, tuple[str, ...]] = {
+    "activation": MAPS, "width": MAPS, "budget": MAPS, "terms": ("compacter",), "rank": ("compacter",),
+    "factors": KRONA_FORMS,
+}  # fmt: skip
+"""Axes that only some forms of a bottleneck have -> those forms."""
+
 
 def axes_of(family: str) -> tuple[str, ...]:
     """The axes of a family; ValueError for one that does not exist."""
@@ -62,6 +70,13 @@ def default_of(family: str, axis: str) -> Any:
     return inspect.signature(spec_kind(family)).parameters[axis].default
 
 
+def has_axis(config: Mapping[str, Any], axis: str) -> bool:
+    """Whether the axis means anything to the run: not every form of a bottleneck has all of them."""
+    if config.get("family") != "bottleneck":
+        return True
+    return axis not in FORMS_WITH or config.get("form", "dense") in FORMS_WITH[axis]
+
+
 def axis_value(axis: str, value: Any) -> Any:
     """A value as the axis's type, as it stands in a configuration: factors are written "4x8"."""
     converted = convert(axis, AXES[axis], value)
@@ -81,12 +96,12 @@ def describe(config: Mapping[str, Any]) -> str:
     words = [str(config["family"])] if "family" in config else []
     if config.get("source") is not None and config.get("sink") is not None:
         words.append(f"{config['source']} -> {config['sink']}")
-    if config.get("activation") is not None:
+    if config.get("activation") is not None and has_axis(config, "activation"):
         words.append(str(config["activation"]))
     if config.get("form") not in (None, "dense"):
         words.append(str(config["form"]))
     for name in ("factors", "factor", "rank", "alpha", "scale", "width", "budget", "init", "seed"):
         value = config.get(name)
-        if value is not None:
+        if value is not None and has_axis(config, name):
             words.append(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}")
     return " ".join(words)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..nn.bottleneck_spec import KRONA_FORMS
+from ..nn.bottleneck_spec import FORMS
 from ..nn.positions import PAIRS, SINKS, SOURCES, check_pair
-from .families import FAMILIES, Config, adapter_spec, axes_of, axis_value, default_of
+from .families import FAMILIES, FORMS_WITH, Config, adapter_spec, axes_of, axis_value, default_of, has_axis
 
 KEYS = ("job", "seeds", "settings", "adapters")
 """The keys of a study file."""
 
 ALL = "all"
 """`pairs = "all"`: the twenty legal pairs of positions."""
+
+SEEDS_BELOW = 2**63
+"""A seed is a column of 64-bit integers in the results."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,17 @@ class Grid:
 
 
 def run_id(job: str, settings: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """Twelve hex digits that name a run by everything that decides its result."""
-    decisive = json.dumps([job, dict(settings), dict(config)], sort_keys=True)
+    """Twelve hex digits that name a run by its job, settings and axes.
+
+    Axes at their family's default do not count, so that a new axis leaves the names of older runs as they are.
+    """
+    family = config["family"]
+    chosen = {
+        name: value
+        for name, value in config.items()
+        if name in ("family", "seed") or value != axis_value(name, default_of(family, name))
+    }
+    decisive = json.dumps([job, dict(settings), chosen], sort_keys=True)
     return hashlib.sha256(decisive.encode()).hexdigest()[:12]
 
 
@@ -41,9 +53,10 @@ def make_grid(adapters: Sequence[Mapping[str, Any]], seeds: Iterable[int]) -> Gr
               takes `pairs` instead of source and sink: "all", or a list of "source -> sink"
     seeds:    integers, each once
 
-    An illegal pair in a cross product of sources and sinks is left out and listed in `illegal`. Raises
-    ValueError for an unknown family or axis, for one illegal pair asked for by name, for a cross product
-    without a legal pair, and what the specs refuse.
+    An illegal pair in a cross product of sources and sinks is left out and listed in `illegal`. An axis that
+    a run's form does not have is at its default there, and runs that differ in nothing else are one. Raises
+    ValueError for an unknown family or axis, for an axis that no form of its table has, for one illegal pair
+    asked for by name, for a cross product without a legal pair, and what the specs refuse.
     """
     chosen = _seeds(seeds)
     if not adapters:
@@ -65,6 +78,8 @@ def _seeds(seeds: Iterable[int]) -> list[int]:
         raise ValueError(f"sweep: seeds must be different integers, at least one; got {chosen!r}")
     if min(chosen) < 0:
         raise ValueError(f"sweep: seeds must be at least 0; got {min(chosen)}")
+    if max(chosen) >= SEEDS_BELOW:
+        raise ValueError(f"sweep: seeds must be below 2**63 = {SEEDS_BELOW}; got {max(chosen)}")
     return chosen
 
 
@@ -74,6 +89,7 @@ def _expand(table: Mapping[str, Any], illegal: list[str]) -> list[Config]:
     axes = axes_of(str(family) if family is not None else "")
     places: list[tuple[str, str] | None] = [None]
     if family == "bottleneck":
+        check_together(remaining)
         places = list(_places(remaining, illegal))
         axes = axes[2:]
     unknown = [name for name in remaining if name not in axes]
@@ -82,8 +98,8 @@ def _expand(table: Mapping[str, Any], illegal: list[str]) -> list[Config]:
         raise ValueError(
             f"sweep: family {family!r} has no axis {', '.join(unknown)}; its axes are: {', '.join(own)}"
         )
-    if "width" in remaining and "budget" in remaining:
-        raise ValueError("sweep: give width or budget, not both; a budget chooses the width")
+    if family == "bottleneck":
+        _check_forms(remaining)
     if "budget" in remaining:
         remaining["width"] = [None]
     values = [axis_values(axis, remaining.get(axis, [default_of(str(family), axis)])) for axis in axes]
@@ -91,10 +107,27 @@ def _expand(table: Mapping[str, Any], illegal: list[str]) -> list[Config]:
     for place, combination in itertools.product(places, itertools.product(*values)):
         position = {} if place is None else {"source": place[0], "sink": place[1]}
         config = {"family": family, **position, **dict(zip(axes, combination, strict=True))}
-        if config.get("form") in KRONA_FORMS:
-            config["width"] = None
+        absent = [axis for axis in axes if not has_axis(config, axis)]
+        config |= {axis: None if axis == "width" else default_of(str(family), axis) for axis in absent}
         configs.append(config)
     return configs
+
+
+def check_together(given: Collection[str]) -> None:
+    """ValueError for keys, or options, of which each says what the other one says too."""
+    if "pairs" in given and ("source" in given or "sink" in given):
+        raise ValueError("sweep: give pairs, or source and sink, not both")
+    if "width" in given and "budget" in given:
+        raise ValueError("sweep: give width or budget, not both; a budget chooses the width")
+
+
+def _check_forms(table: Mapping[str, Any]) -> None:
+    """ValueError for axes that no form of the table has."""
+    forms = axis_values("form", table.get("form", [default_of("bottleneck", "form")]))
+    absent = [axis for axis, those in FORMS_WITH.items() if axis in table and not set(forms) & set(those)]
+    if absent and set(forms) <= set(FORMS):
+        having = "; ".join(f"{axis} is for {', '.join(FORMS_WITH[axis])}" for axis in absent)
+        raise ValueError(f"sweep: form {', '.join(forms)} has no axis {', '.join(absent)}: {having}")
 
 
 def axis_values(axis: str, values: Any) -> list[Any]:
@@ -108,8 +141,6 @@ def axis_values(axis: str, values: Any) -> list[Any]:
 
 def _places(remaining: dict[str, Any], illegal: list[str]) -> Iterable[tuple[str, str]]:
     if "pairs" in remaining:
-        if "source" in remaining or "sink" in remaining:
-            raise ValueError("sweep: give pairs, or source and sink, not both")
         pairs = remaining.pop("pairs")
         return tuple(PAIRS) if pairs == ALL else [_named_pair(each) for each in _listed(pairs)]
     sources, sinks = (

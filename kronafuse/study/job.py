@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,6 +53,8 @@ class Job:
 def find_job(name: str) -> Job:
     """A shipped job, or "module:attribute": a `Job`, or a function that becomes one.
 
+    Modules are looked for in the working directory too; Ray's workers look there as well.
+
     Raises ValueError for an unknown name, ImportError for a module that cannot be imported and for absent
     libraries of a shipped job, TypeError for an attribute that is no job.
     """
@@ -63,6 +67,8 @@ def find_job(name: str) -> Job:
             f"sweep: job must be one of {', '.join(SHIPPED)}, or written module:function; got {name!r}"
         )
     package = __package__ if module.startswith(".") else None
+    if package is None and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     found = getattr(importlib.import_module(module, package), attribute, None)
     if isinstance(found, Job):
         return found

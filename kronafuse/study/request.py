@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ..nn.bottleneck_spec import KRONA_FORMS
-from ..train.options import read_toml
-from .families import AXES, axes_of
-from .grid import ALL, KEYS, Grid, make_grid
+from ..train.options import read_toml, tomllib
+from .families import AXES, FORMS_WITH, axes_of
+from .grid import ALL, KEYS, Grid, check_together, make_grid
 
 JOB = "digits"
 SEEDS = (0, 1, 2)
@@ -24,10 +23,14 @@ SMOKE_ADAPTERS = (
 
 @dataclass(frozen=True)
 class Request:
-    """A job by name, its settings as given, and the runs."""
+    """job:      by name
+    settings: the study's, with those of the options
+    options:  of them, the options' own, which count over a smoke run's too
+    """
 
     job: str
     settings: Mapping[str, Any]
+    options: Mapping[str, Any]
     grid: Grid
 
 
@@ -66,8 +69,10 @@ def make_request(
     settings: "key=value" each, the value as TOML would read it
     smoke:    one seed, and a grid of a few runs where none is given
 
-    The errors are those of `make_grid`; ValueError for an option that no family of the study takes.
+    The errors are those of `make_grid`; ValueError for options that contradict each other, and for one that no
+    family of the study takes.
     """
+    check_together([axis for axis, text in axes.items() if text is not None])
     given = {axis: split(axis, text) for axis, text in axes.items() if text is not None}
     tables = [dict(table) for table in study.get("adapters", [])]
     if not tables and smoke and not given and families is None:
@@ -76,6 +81,8 @@ def make_request(
         tables = _of_families(tables, [each.strip() for each in families.split(",")])
     elif not tables:
         tables = [{"family": "bottleneck"}]
+    if "form" in given:
+        tables = [{**each, "form": given["form"]} if _takes(each, "form") else each for each in tables]
     unused = [axis for axis in given if not any(_takes(table, axis) for table in tables)]
     if unused:
         named = ", ".join(dict.fromkeys(str(table.get("family")) for table in tables))
@@ -87,9 +94,11 @@ def make_request(
     chosen = study.get("seeds", list(SEEDS)) if seeds is None else _numbers("seeds", seeds, int)
     if smoke:
         chosen = chosen[:1]
+    options = dict(_setting(each) for each in settings)
     return Request(
         job or study.get("job", JOB),
-        {**study.get("settings", {}), **dict(_setting(each) for each in settings)},
+        {**study.get("settings", {}), **options},
+        options,
         make_grid(tables, chosen),
     )
 
@@ -101,10 +110,6 @@ def _of_families(tables: list[dict[str, Any]], names: list[str]) -> list[dict[st
     there = {table.get("family") for table in tables}
     kept = [table for table in tables if table.get("family") in names]
     return kept + [{"family": name} for name in names if name not in there]
-
-
-FORMS_WITH = {"rank": ("compacter",), "terms": ("compacter",), "factors": KRONA_FORMS}
-"""Axes that only some forms of a bottleneck have."""
 
 
 def _takes(table: Mapping[str, Any], axis: str) -> bool:
@@ -151,12 +156,9 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _plain(text: str) -> Any:
-    """true and false, integers, numbers, and otherwise the text itself."""
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    """The value as TOML reads it, and the text itself where that is none."""
+    try:
+        read = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return read["value"] if len(read) == 1 else text

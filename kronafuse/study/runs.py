@@ -8,7 +8,7 @@ import platform
 import socket
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from .. import env
 from ..formats.atomic import write_json
 from ..version import VERSION
-from .families import Config
+from .families import AXES, Config
 from .job import Job
 
 RUNS = "runs"
@@ -25,10 +25,15 @@ RUNS = "runs"
 
 FINISHED, FAILED = "finished", "failed"
 
+RESERVED = ("id", "status", "seconds", "error", "host", "pair")
+"""Columns of a results table that are neither figures nor settings; so are those that end in `VERSION_SUFFIX`."""
+
+VERSION_SUFFIX = "_version"
+
 
 @dataclass(frozen=True)
 class Run:
-    """One configuration of one job; `id` names it by everything that decides its result."""
+    """One configuration of one job; `id` names it by its job, settings and axes."""
 
     id: str
     config: Config
@@ -83,9 +88,10 @@ def execute(job: Job, run: Run, folder: Path, threads: int) -> str:
     started = time.perf_counter()
     try:
         metrics = checked_metrics(job.run({**run.settings, **run.config}, folder), run)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # Ray would take SystemExit for a dead worker and start again
         lines = "".join(traceback.format_exception(error))
-        record = failure(run, f"{type(error).__name__}: {error}", lines)
+        text = f"exit code {error.code!r}" if isinstance(error, SystemExit) else str(error)
+        record = failure(run, f"{type(error).__name__}: {text}", lines)
     else:
         record = {**_identity(run), "status": FINISHED, "metrics": metrics, "error": None}
     record |= {"seconds": time.perf_counter() - started, "host": socket.gethostname(), "versions": versions()}
@@ -103,7 +109,7 @@ def checked_metrics(metrics: Any, run: Run) -> dict[str, float]:
     """The job's figures as plain numbers.
 
     Raises TypeError for what is no mapping of names to numbers, ValueError for no figures, for one that is
-    not finite and for one named as an axis or a setting.
+    not finite and for one named as an axis, a setting or another column.
     """
     if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
         raise TypeError(f"a job must return figures by name; got {metrics!r}")
@@ -114,14 +120,27 @@ def checked_metrics(metrics: Any, run: Run) -> dict[str, float]:
         if not math.isfinite(value):
             raise ValueError(f"figure {name!r} must be finite; got {value!r}")
         plain[name] = value if type(value) is int else float(value)
-    taken = [name for name in plain if name in run.config or name in run.settings]
-    if not plain or taken:
-        raise ValueError(
-            "a job must return at least one figure; got none"
-            if not plain
-            else f"figures must not be named as axes or settings; got {', '.join(taken)}"
-        )
+    if not plain:
+        raise ValueError("a job must return at least one figure; got none")
+    taken = [name for name in plain if name in run.settings or is_axis(name)]
+    if taken:
+        raise ValueError(f"figures must not be named as axes or settings; got {', '.join(taken)}")
+    check_reserved("a job's figures", plain)
     return plain
+
+
+def is_axis(name: str) -> bool:
+    """Whether a results table has the column for an axis, the family or the seed."""
+    return name in AXES or name in ("family", "seed")
+
+
+def check_reserved(what: str, names: Iterable[str]) -> None:
+    """ValueError for names of columns that a results table has for itself."""
+    taken = [name for name in names if name in RESERVED or name.endswith(VERSION_SUFFIX)]
+    if taken:
+        raise ValueError(
+            f"{what} must not be named {', '.join(taken)}; reserved are: {', '.join(RESERVED)}, *{VERSION_SUFFIX}"
+        )
 
 
 def versions() -> dict[str, str]:

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ..formats.atomic import remove_stale, write_json
 from ..train.files import prepare_output
 from ..train.interrupt import Interrupted, InterruptFlag
 from .cluster import Resources, connected
+from .folder import claim, locked
 from .grid import Grid, run_id
 from .job import Job
 from .results import write_results
-from .runs import FAILED, FINISHED, RUNS, Run, execute, failure, is_finished, read_records, record_path
+from .runs import (
+    FAILED,
+    FINISHED,
+    Run,
+    check_reserved,
+    execute,
+    failure,
+    is_axis,
+    is_finished,
+    read_records,
+    record_path,
+)
 from .view import View
 
-SWEEP = "sweep.json"
-"""The job and the settings of a folder; all its runs share them."""
-
-LOCK = ".sweep.lock"
 TABLE_EVERY = 5
 """Completions after which the results table is written anew."""
 
@@ -55,6 +61,8 @@ def sweep(
 ) -> Outcome:
     """Runs what is not finished yet and writes results.csv and results.parquet to `folder`.
 
+    The tables have every run that the folder was ever asked for; those without a record are "pending".
+
     settings:     the job's, as given; defaults are added
     resources:    Resources() if absent
     retries:      how often a run is started again whose worker process died
@@ -62,7 +70,8 @@ def sweep(
 
     A run that raises is recorded and stops no other. Ctrl-C stops the running ones and raises `Interrupted`.
     Raises ValueError for what the job's check refuses, before anything is written, and for a folder of another
-    job or other settings; BlockingIOError where another sweep is at work in it.
+    job or other settings; BlockingIOError where another sweep is at work in it; before the job prepares
+    anything, the errors of `connected`.
     """
     console = console or Console()
     resources = resources or Resources()
@@ -70,20 +79,22 @@ def sweep(
         raise ValueError(f"sweep: retries must be at least 0; got {retries}")
     complete = job.complete(settings)
     runs = [Run(run_id(job.name, complete, config), config, complete) for config in grid.configs]
-    taken = [name for name in complete if any(name in run.config for run in runs)]
+    taken = [name for name in complete if is_axis(name)]
     if taken:
         raise ValueError(f"sweep: settings must not be named as axes; got {', '.join(taken)}")
+    check_reserved("sweep: settings", complete)
     if job.check is not None:
         job.check(complete, grid.configs)
     prepare_output(folder)
     with locked(folder):
-        claim(folder, job, complete)
+        claim(folder, job, complete, grid.configs)
         records = read_records(folder)
         status = {run.id: records[run.id]["status"] for run in runs if run.id in records}
         again = (FAILED,) if retry_failed else ()
         pending = [run for run in runs if run.id not in status or status[run.id] in again]
         try:
             if pending:
+                write_results(folder)
                 ended = Counter(status.values()) - Counter(status.get(run.id) for run in pending)
                 ran = _run_all(
                     job, pending, folder, resources, retries,
@@ -110,13 +121,27 @@ def _run_all(
     retries: int,
     view: View,
 ) -> list[str]:
-    """Keeps as many runs at work as the session takes; returns the ids of those that ended."""
-    if job.prepare is not None:
-        job.prepare(pending[0].settings, folder)
-    ran: list[str] = []
-    with connected(resources, folder) as slots, InterruptFlag() as interrupt, view:
-        import ray
+    """Connects, lets the job prepare, and runs all; returns the ids of those that ended."""
+    with connected(resources, folder) as slots:
+        if job.prepare is not None:
+            job.prepare(pending[0].settings, folder)
+        return _keep_working(job, pending, folder, resources, retries, slots, view)
 
+
+def _keep_working(
+    job: Job,
+    pending: list[Run],
+    folder: Path,
+    resources: Resources,
+    retries: int,
+    slots: int,
+    view: View,
+) -> list[str]:
+    """Keeps `slots` runs at work until all are over."""
+    import ray
+
+    ran: list[str] = []
+    with InterruptFlag() as interrupt, view:
         task = ray.remote(execute).options(
             num_cpus=resources.per_run, num_gpus=resources.gpus, max_retries=retries
         )
@@ -161,44 +186,3 @@ def _ended(answer: Any, run: Run, folder: Path, retries: int) -> dict[str, Any]:
 def _record_failure(run: Run, folder: Path, reason: str) -> None:
     if not is_finished(folder, run.id):
         write_json(record_path(folder, run.id), failure(run, reason))
-
-
-def claim(folder: Path, job: Job, settings: Mapping[str, Any]) -> None:
-    """Makes the folder this job's with these settings; ValueError that lists what differs where it is another's."""
-    path, wanted = folder / SWEEP, {"job": job.name, "settings": dict(settings)}
-    (folder / RUNS).mkdir(exist_ok=True)
-    if not path.exists():
-        write_json(path, wanted)
-        return
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        old = {"job": there["job"], **there["settings"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"sweep: {path} does not say which job the folder is of: {error!r}") from error
-    new = {"job": job.name, **settings}
-    differing = [
-        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-        for name in dict.fromkeys([*old, *new])
-        if old.get(name) != new.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"sweep: folder {folder} has runs of other settings: {'; '.join(differing)}."
-            " Give another output folder."
-        )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process; BlockingIOError where another one does. A killed process holds nothing."""
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise BlockingIOError(
-            f"sweep: another sweep is at work in {folder}; wait for it or stop it"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -100,8 +100,8 @@ class View:
 
 
 def outcome(record: Mapping[str, Any]) -> str:
-    """The first figures of a finished run, or why it failed."""
+    """The first figures of a finished run, or the first line of why it failed."""
     if record["status"] == FAILED:
-        return f"failed: {record['error']}"
+        return f"failed: {record['error'].partition(chr(10))[0]}"
     figures = list(record["metrics"].items())[:SHOWN_FIGURES]
     return ", ".join(f"{name} {value:.4g}" for name, value in figures) + f", {record['seconds']:.1f} s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from kronafuse.cli.app import app
 from typer.testing import CliRunner, Result
+
+SMOKE_SECONDS = 180
+"""What a smoke run may take, the base model's training included."""
 
 PUBLISHED = Path(__file__).parents[1] / "study" / "published.csv"
 
@@ -31,8 +35,10 @@ def invoke(*arguments: Any) -> Result:
 
 def test_smoke_sweep_and_its_analysis(tmp_path: Path) -> None:
     """Every family on a base model trained for three steps; again, nothing is redone."""
+    started = time.monotonic()
     result = invoke("sweep", "--smoke", "--output", tmp_path, "--cpus", 1)
     assert result.exit_code == 0, result.output
+    assert time.monotonic() - started < SMOKE_SECONDS
     assert "Smoke run" in result.stdout
     assert "4 runs of job digits, into" in result.stdout
     assert "4 finished, 0 failed; 0 of them were there before" in result.stdout
@@ -55,7 +61,8 @@ def test_smoke_sweep_and_its_analysis(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     numbers = json.loads((tmp_path / "out" / "anova.json").read_text())
-    assert numbers["one_way"][0]["df_within"] == 1
+    assert numbers["one_way_configurations"] == numbers["one_way_runs"]
+    assert numbers["one_way_runs"][0]["df_within"] == 1
 
 
 def test_illegal_pairs_of_a_cross_product_are_counted(tmp_path: Path) -> None:
@@ -78,6 +85,12 @@ def test_illegal_pairs_of_a_cross_product_are_counted(tmp_path: Path) -> None:
         (["--set", "step=3"], "unknown key step (closest: steps)"),
         (["--seeds", "a"], "seeds must be integers separated by commas; got 'a'"),
         (["--cpus", "0"], "cpus must be at least 1; got 0"),
+        (["--width", "4", "--budget", "2"], "give width or budget, not both"),
+        (["--pairs", "all", "--sink", "ff_in"], "give pairs, or source and sink, not both"),
+        (["--seeds", str(2**63)], "seeds must be below 2**63"),
+        (["--set", "steps=5"], "warmup must be at most its steps; got warmup=20, steps=5"),
+        # what is set by name counts over the smoke run's own
+        (["--smoke", "--set", "warmup=9"], "warmup must be at most its steps; got warmup=9, steps=3"),
     ],
 )
 def test_a_wrong_sweep_ends_before_anything_runs(tmp_path: Path, options: list[str], message: str) -> None:
@@ -85,6 +98,14 @@ def test_a_wrong_sweep_ends_before_anything_runs(tmp_path: Path, options: list[s
     assert result.exit_code == 2
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_smoke_run_has_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for options, folder in ((["--smoke"], "runs/sweep-smoke"), ([], "runs/sweep")):
+        result = invoke("sweep", *options, "--retries", "-1")
+        assert result.exit_code == 2
+        assert f"runs of job digits, into {folder}\n" in result.stdout
 
 
 def test_a_budget_that_no_width_meets_is_refused_before_the_base_model_is_trained(tmp_path: Path) -> None:
@@ -97,6 +118,8 @@ def test_a_budget_that_no_width_meets_is_refused_before_the_base_model_is_traine
 def test_anova_prints_the_published_values(tmp_path: Path) -> None:
     result = invoke("anova", PUBLISHED, "--response", "clip_similarity", "--out", tmp_path)
     assert result.exit_code == 0, result.output
+    assert "clip_similarity: One factor at a time, over configurations" in " ".join(result.stdout.split())
+    assert "over runs" not in result.stdout
     for text in ("12.14", "0.7682", "7 of 9", "No run connects these 3 parts", "anova.md"):
         assert text in result.stdout
     result = invoke(
@@ -115,13 +138,10 @@ def test_anova_lists_what_is_missing(tmp_path: Path) -> None:
     options = ("anova", tmp_path / "results.csv", "--response", "clip_similarity")
     result = invoke(*options)
     assert result.exit_code == 2
-    assert (
-        "2 cells are missing clip_similarity: attn1_out -> attn2_in; pair attn1_out -> attn2_in (no runs)"
-        in result.stderr
-    )
+    assert "1 runs or cells are missing clip_similarity: attn1_out -> attn2_in. Run them" in result.stderr
     result = invoke(*options, "--allow-missing")
     assert result.exit_code == 0, result.output
-    assert "Missing: pair attn1_out -> attn2_in (no runs)." in result.stdout
+    assert "Missing: attn1_out -> attn2_in." in result.stdout
     assert (tmp_path / "anova-clip_similarity" / "anova.md").is_file()
 
 

@@ -16,7 +16,7 @@ from kronafuse.study.anova.design import Design, make_design
 from kronafuse.study.anova.linear import type_two
 from kronafuse.study.anova.one_way import one_way
 from kronafuse.study.anova.plots import interval, position_means
-from kronafuse.study.anova.table import filtered, parse_condition, read_results
+from kronafuse.study.anova.table import filtered, level, parse_condition, read_results
 from PIL import Image
 from scipy import stats
 
@@ -26,14 +26,14 @@ PUBLISHED = Path(__file__).with_name("published.csv")
 TRANSFORMER = ["source!=res_in,res_out,attn2_context"]
 
 
-def crossed(replicates: int = 3, seed: int = 0) -> pd.DataFrame:
-    """Activations × scales with effects of both, an unbalanced number of replicates and noise."""
+def crossed(replicates: int = 3, seed: int = 0, ragged: bool = False) -> pd.DataFrame:
+    """Activations × scales with effects of both and noise; ragged, every other cell has one seed more."""
     random = np.random.default_rng(seed)
     rows = []
     for (a, activation), (b, scale) in itertools.product(
         enumerate(("relu", "silu", "identity")), enumerate((0.5, 1.0, 2.0, 4.0))
     ):
-        for replicate in range(replicates + (a + b) % 2):
+        for replicate in range(replicates + ragged * (a + b) % 2):
             value = 0.5 + 0.1 * a - 0.05 * b + 0.05 * random.standard_normal()
             rows.append(
                 {
@@ -61,7 +61,7 @@ def positions(replicates: int = 2) -> pd.DataFrame:
 
 
 def design_of(table: pd.DataFrame, response: str = "score", **options: Any) -> Design:
-    values = {"factors": None, "over": "runs", "conditions": [], "allow_missing": False, **options}
+    values = {"factors": None, "conditions": [], "allow_missing": False, **options}
     return make_design(table, response, **values)
 
 
@@ -83,18 +83,26 @@ def test_published_cells(
     tmp_path: Path, where: list[str], expected: dict[str, tuple[int, int, float]]
 ) -> None:
     analysis = analyse(PUBLISHED, tmp_path, response="clip_similarity", where=where)
-    found = {each.factor: (each.df_between, each.df_within, each.f) for each in analysis.one_way}
+    assert not analysis.design.replicated
+    assert analysis.configurations == analysis.runs
+    found = {
+        each.factor: (each.df_between, each.df_within, each.f)
+        for each in analysis.configurations
+        if each.f is not None
+    }
     for factor, (between, within, f) in expected.items():
         assert found[factor][:2] == (between, within)
         assert float(f"{found[factor][2]:.{3 if f > 1 else 2}g}") == f
 
 
 def test_one_way_is_scipys() -> None:
-    table = crossed()
-    for result in one_way(design_of(table)):
+    table = crossed(ragged=True)
+    for result in one_way(design_of(table, allow_missing=True)):
         groups = [group["score"].to_numpy() for _, group in table.groupby(result.factor)]
         expected = stats.f_oneway(*groups)
-        np.testing.assert_allclose([result.f, result.p], [expected.statistic, expected.pvalue], rtol=1e-10)
+        np.testing.assert_allclose(
+            np.array([result.f, result.p], float), [expected.statistic, expected.pvalue], rtol=1e-10
+        )
 
 
 def residual_sum(columns: list[np.ndarray], values: np.ndarray) -> tuple[float, int]:
@@ -109,10 +117,10 @@ def indicators(design: Design, factor: str) -> np.ndarray:
     return np.stack([column == level for level in design.factors[factor]], axis=1).astype(float)
 
 
-@pytest.mark.parametrize("table", [crossed(), positions()], ids=["full_rank", "rank_deficient"])
+@pytest.mark.parametrize("table", [crossed(ragged=True), positions()], ids=["full_rank", "rank_deficient"])
 def test_type_two_is_its_definition(table: pd.DataFrame) -> None:
     """Sums of squares, degrees of freedom, F, p and effect sizes from differences of residual sums."""
-    design = design_of(table)
+    design = design_of(table, allow_missing=True)
     result = type_two(design)
     values = design.values
     full, rank = residual_sum([indicators(design, each) for each in design.factors], values)
@@ -165,15 +173,57 @@ def test_a_factor_aliased_whole_has_no_figures(tmp_path: Path) -> None:
     assert "| init (aliased) | 0 of 2 |  |  |  |  |  |  |" in (tmp_path / "anova.md").read_text()
 
 
-def test_cells_are_means_over_runs() -> None:
+def test_configurations_are_means_over_seeds() -> None:
     table = positions()
-    design = design_of(table, over="cells")
+    design = design_of(table).over_configurations()
     assert len(design.data) == 20
     means = table.groupby(["source", "sink"])["score"].mean()
     for _, row in design.data.iterrows():
         assert row["score"] == pytest.approx(means[row["source"], row["sink"]])
     assert {each.factor: each.df_within for each in one_way(design)} == {"source": 10, "sink": 13}
     assert {each.factor: each.df_within for each in one_way(design_of(table))} == {"source": 30, "sink": 33}
+
+
+def test_seeds_do_not_raise_the_f_over_configurations(tmp_path: Path) -> None:
+    """Copies of every run under new seeds leave it as it is, and raise the one over runs."""
+    table = positions(1)
+    copies = pd.concat([table.assign(seed=seed) for seed in range(10)])
+    once = analyse(saved(table, tmp_path), tmp_path / "once", response="score")
+    often = analyse(saved(copies, tmp_path), tmp_path / "often", response="score")
+    for before, after, pooled in zip(once.configurations, often.configurations, often.runs, strict=True):
+        assert (after.df_between, after.df_within) == (before.df_between, before.df_within)
+        assert (before.f, after.f) == (pytest.approx(after.f), pytest.approx(before.f))
+        assert before.f is not None
+        assert pooled.f is not None
+        assert pooled.f > 2 * before.f
+    text = (tmp_path / "often" / "anova.md").read_text()
+    over_configurations = text.index("## One factor at a time, over configurations")
+    over_runs = text.index("## One factor at a time, over runs")
+    assert over_configurations < over_runs < text.index("(type II), over runs: seeds are replicates")
+    text = (tmp_path / "once" / "anova.md").read_text()
+    assert "## One factor at a time, over configurations" in text
+    assert "over runs" not in text
+
+
+def test_configurations_are_told_apart_by_every_axis() -> None:
+    """Scales that are no factor here do not melt the configurations of an activation together."""
+    design = design_of(crossed(), factors=["activation"])
+    assert (len(design.configurations), len(design.data)) == (12, 36)
+    (result,) = one_way(design.over_configurations())
+    assert (result.df_between, result.df_within) == (2, 9)
+
+
+def test_a_factor_with_one_configuration_a_level_has_no_replicate(tmp_path: Path) -> None:
+    path = saved(crossed()[lambda table: table["scale"] == 1.0], tmp_path)
+    analysis = analyse(path, tmp_path, response="score")
+    (alone,), (pooled,) = analysis.configurations, analysis.runs
+    assert (alone.f, alone.p, alone.df_within, alone.note) == (None, None, 0, "no replicate")
+    assert pooled.f is not None
+    assert "| activation | 2 | 0 |" in (tmp_path / "anova.md").read_text()
+    assert "| no replicate |" in (tmp_path / "anova.md").read_text()
+    numbers = json.loads((tmp_path / "anova.json").read_text())
+    assert numbers["one_way_configurations"][0]["f"] is None
+    assert numbers["one_way_runs"][0]["f"] == pytest.approx(pooled.f)
 
 
 @pytest.mark.parametrize("name", ["results.csv", "results.parquet"])
@@ -183,10 +233,15 @@ def test_report_has_tables_plots_and_numbers(tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     numbers = json.loads((out / "anova.json").read_text())
     text = (out / "anova.md").read_text()
-    assert numbers["observations"] == len(analysis.design.data) == 38
+    assert numbers["runs"] == len(analysis.design.data) == 38
+    assert numbers["configurations"] == 19
     assert numbers["filters"] == ["source!=ff_out"]
-    assert [each["factor"] for each in numbers["one_way"]] == ["source", "sink"]
-    assert numbers["one_way"][0]["f"] == pytest.approx(analysis.one_way[0].f)
+    for name_of, results in (("configurations", analysis.configurations), ("runs", analysis.runs)):
+        assert [each["factor"] for each in numbers[f"one_way_{name_of}"]] == ["source", "sink"]
+        assert numbers[f"one_way_{name_of}"][0]["f"] == pytest.approx(results[0].f)
+    assert [each["factor"] for each in numbers["type_two"]["terms"]] == ["source", "sink"]
+    assert "| term | df | SS |" in text
+    assert "No map of positions" not in text
     assert numbers["left_out"] == {"family": "one level: bottleneck", "scale": "one level: 1"}
     assert "- Left out: scale (one level: 1)" in text
     assert "`source!=ff_out`" in text
@@ -221,41 +276,156 @@ def test_interval_is_students() -> None:
 def test_missing_responses_and_pairs_are_listed(tmp_path: Path) -> None:
     table = positions()
     table.loc[3, "score"] = np.nan
-    table = table[table["source"] != "attn2_context"]
+    table = table[(table["source"] != "attn1_out") | (table["sink"] != "ff_in")]
     path = saved(table, tmp_path)
-    with pytest.raises(ValueError, match=r"2 cells are missing score: ") as caught:
+    with pytest.raises(ValueError, match=r"2 runs or cells are missing score: ") as caught:
         analyse(path, tmp_path / "out", response="score")
     message = str(caught.value)
     assert "attn1_in-attn2_in-1 bottleneck attn1_in -> attn2_in scale=1 seed=1" in message
-    assert "pair attn2_context -> attn2_context (no runs)" in message
+    assert "pair attn1_out -> ff_in (no runs)" in message
     assert "--allow-missing" in message
     assert not (tmp_path / "out").exists()
     analysis = analyse(path, tmp_path / "out", response="score", allow_missing=True)
     assert len(analysis.design.data) == 37
     text = (tmp_path / "out" / "anova.md").read_text()
     assert "- Missing, and gone on without: 2, listed below" in text
-    assert "- pair attn2_context -> attn2_context (no runs)" in text
-    assert (
-        len(analyse(path, tmp_path, response="score", where=["source!=attn2_context,attn1_in"]).design.data)
-        == 30
-    )
+    assert "- pair attn1_out -> ff_in (no runs)" in text
+    left = analyse(path, tmp_path, response="score", where=["source!=attn1_out,attn1_in"])
+    assert len(left.design.data) == sum(source not in ("attn1_out", "attn1_in") for source, _ in PAIRS) * 2
 
 
 def test_missing_combinations_of_other_factors_are_listed() -> None:
     table = crossed()
     table = table[~((table["activation"] == "silu") & (table["scale"] == 2))]
-    with pytest.raises(ValueError, match=r"1 cells are missing score: activation=silu, scale=2 \(no runs\)"):
+    with pytest.raises(
+        ValueError, match=r"1 runs or cells are missing score: activation=silu, scale=2 \(no runs\)"
+    ):
         design_of(table)
+
+
+def test_a_cell_is_a_pair_with_the_other_factors() -> None:
+    """Every pair and every activation has runs, but not every pair with every activation."""
+    table = pd.concat([positions().assign(activation=each) for each in ("relu", "silu")], ignore_index=True)
+    table["score"] += np.random.default_rng(2).standard_normal(len(table))
+    gone = (table["source"] == "ff_in") & (table["sink"] == "ff_in") & (table["activation"] == "silu")
+    with pytest.raises(
+        ValueError,
+        match=r"1 runs or cells are missing score: pair ff_in -> ff_in, activation=silu \(no runs\)",
+    ):
+        design_of(table[~gone])
+    assert design_of(table).missing == ()
+
+
+def test_a_configuration_without_one_of_the_seeds_is_named() -> None:
+    table = crossed()
+    gone = (table["activation"] == "silu") & (table["scale"] == 2) & (table["seed"] == 1)
+    with pytest.raises(
+        ValueError, match=r"1 runs or cells are missing score: silu scale=2 seed=1 \(no run\)"
+    ):
+        design_of(table[~gone])
+    # also where the axis that tells the configurations apart is no factor
+    with pytest.raises(ValueError, match=r"silu scale=2 seed=1 \(no run\)"):
+        design_of(table[~gone], factors=["activation"])
+
+
+def test_runs_that_are_not_finished_are_missing() -> None:
+    table = positions()
+    table.loc[0, ["status", "score"]] = ["pending", np.nan]
+    table.loc[5, "status"] = "failed"
+    with pytest.raises(ValueError, match=r"2 runs or cells are missing score") as caught:
+        design_of(table)
+    assert "attn1_in-attn1_in-0 bottleneck attn1_in -> attn1_in scale=1 seed=0 (pending)" in str(caught.value)
+    assert "(failed)" in str(caught.value)
+    assert len(design_of(table, allow_missing=True).data) == 38
+    with pytest.raises(ValueError, match=r"none of the 40 rows has a score"):
+        design_of(table.assign(status="failed"), allow_missing=True)
+
+
+def test_a_part_of_the_pairs_is_a_whole_design(tmp_path: Path) -> None:
+    """What a sweep of two sources and one sink, or of one pair with other axes, was asked for."""
+    table = positions(3)
+    two = table[table["source"].isin(["attn2_in", "attn2_out"]) & (table["sink"] == "ff_in")]
+    analysis = analyse(saved(two, tmp_path), tmp_path, response="score")
+    assert list(analysis.design.factors) == ["source"]
+    one = crossed().assign(source="ff_in", sink="ff_in")
+    assert list(analyse(saved(one, tmp_path), tmp_path, response="score").design.factors) == [
+        "activation", "scale",
+    ]  # fmt: skip
+
+
+def test_two_rows_of_one_run_are_refused() -> None:
+    table = crossed()
+    twice = pd.concat([table, table.iloc[[4]].assign(id="other")], ignore_index=True)
+    with pytest.raises(
+        ValueError, match=r"2 rows have the axes and the seed of another one: 011 relu .*; other relu"
+    ):
+        design_of(twice, allow_missing=True)
+    # other settings are other runs where they are a factor
+    steps = pd.concat([table.assign(steps=100), table.assign(steps=200)], ignore_index=True)
+    assert len(design_of(steps, factors=["steps"]).data) == 72
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        (
+            "source",
+            "middle",
+            r"source must be one of attn1_in, .*; got 'middle' in row attn1_out-.*-0 bottleneck",
+        ),
+        ("sink", "attn1_out", r"sink must be one of .*; got 'attn1_out' in row"),
+        (
+            "sink",
+            "attn1_in",
+            r"may not come before its source; got 'attn1_out -> attn1_in' in row attn1_out-",
+        ),
+    ],
+)
+def test_positions_that_cannot_be_are_refused(tmp_path: Path, column: str, value: str, message: str) -> None:
+    table = positions(1)
+    table.loc[table.index[table["source"] == "attn1_out"][0], column] = value
+    with pytest.raises(ValueError, match=message):
+        read_results(saved(table, tmp_path))
+
+
+def test_text_among_the_responses_is_named(tmp_path: Path) -> None:
+    table = crossed().astype({"score": object})
+    table.loc[3, "score"] = "n/a?"
+    table.loc[7, "score"] = None
+    with pytest.raises(
+        ValueError,
+        match=r"response score must be a number in every row; got 'n/a\?' in row 10 relu scale=1 seed=0$",
+    ):
+        analyse(saved(table, tmp_path), tmp_path, response="score")
+
+
+def test_levels_that_differ_stay_apart() -> None:
+    values = [0.1, 0.1 + 1e-9, 1234567.0, 1234568, 2**53 + 1, 1e20, 1e-7, True, "relu"]
+    names = [level(each) for each in values]
+    assert names == [
+        "0.1", "0.100000001", "1234567", "1234568", "9007199254740993", "1e+20", "1e-07", "true", "relu",
+    ]  # fmt: skip
+    assert level(1.0) == level(1) == level(np.float64(1)) == level(np.int64(1)) == "1"
+    assert [level(each) for each in (None, float("nan"), pd.NA)] == [""] * 3
+
+
+def test_without_both_positions_there_is_no_map(tmp_path: Path) -> None:
+    analyse(saved(crossed(), tmp_path), tmp_path, response="score")
+    assert "No map of positions: source and sink are not both" in (tmp_path / "anova.md").read_text()
+    assert not (tmp_path / "positions.png").exists()
 
 
 def test_a_factor_that_some_rows_lack_is_left_out() -> None:
     table = pd.concat(
-        [crossed().assign(family="bottleneck"), crossed(seed=1).assign(family="lora", rank=2.0)]
+        [
+            crossed().assign(family="bottleneck"),
+            crossed(seed=1).query("activation == 'relu'").assign(family="lora", rank=2.0),
+        ]
     )
     table.loc[table["family"] == "lora", "activation"] = None
     design = design_of(table.reset_index(drop=True))
-    assert design.left_out["activation"] == f"no level in {len(crossed())} of {len(table)} rows"
-    assert design.left_out["rank"] == f"no level in {len(crossed())} of {len(table)} rows"
+    assert design.left_out["activation"] == "no level in 12 of 48 rows"
+    assert design.left_out["rank"] == "no level in 36 of 48 rows"
     assert list(design.factors) == ["family", "scale"]
     with pytest.raises(
         ValueError, match=r"factor activation is empty in .* rows; leave those out by --where"
@@ -268,6 +438,9 @@ def test_filters() -> None:
     kept = filtered(table, [parse_condition("scale=0.5, 2"), parse_condition("activation!=relu")])
     assert set(kept["scale"]) == {0.5, 2.0}
     assert set(kept["activation"]) == {"silu", "identity"}
+    for same in ("scale=1", "scale=1.0", "scale=1e0"):
+        assert set(filtered(table, [parse_condition(same)])["scale"]) == {1.0}
+    assert set(filtered(table, [parse_condition("scale!=1.0,2")])["scale"]) == {0.5, 4.0}
     for text, message in {
         "scale": "a filter is written column=value,... or column!=value,...; got 'scale'",
         "=1": "a filter is written",
@@ -290,7 +463,6 @@ def test_rejects_designs() -> None:
         ({"response": "activation"}, "response must be a numeric column, one of score; got 'activation'"),
         ({"factors": ["depth"]}, "factors depth: no such column; the file has id, activation"),
         ({"factors": ["scale", "scale"]}, "factors must be different columns; got scale, scale"),
-        ({"over": "seeds"}, "over must be one of runs, cells; got 'seeds'"),
     ):
         with pytest.raises(ValueError, match=message):
             design_of(table, **options)
@@ -325,7 +497,8 @@ def test_rejects_designs_without_replicates() -> None:
 
 def test_pair_can_be_a_factor(tmp_path: Path) -> None:
     analysis = analyse(saved(positions(), tmp_path), tmp_path, response="score", factors=["pair"])
-    assert (analysis.one_way[0].df_between, analysis.one_way[0].df_within) == (19, 20)
+    assert (analysis.runs[0].df_between, analysis.runs[0].df_within) == (19, 20)
+    assert analysis.configurations[0].note == "no replicate"
 
 
 def test_rejects_files(tmp_path: Path) -> None:
@@ -356,12 +529,12 @@ def test_rejects_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", [False, True], ids=["full_rank", "a_cell_missing"])
 def test_interactions_are_what_least_squares_says(tmp_path: Path, missing: bool) -> None:
     """activation × scale against residual sums by least squares, by statsmodels and, with a hole, by contrasts."""
-    table = crossed()
+    table = crossed(ragged=True)
     table["score"] += 0.1 * (table["activation"] == "silu") * (table["scale"] == 4.0)
     if missing:
         table = table[~((table["activation"] == "relu") & (table["scale"] == 2.0))]
     analysis = analyse(
-        saved(table, tmp_path), tmp_path / "out", response="score", interactions=True, allow_missing=missing
+        saved(table, tmp_path), tmp_path / "out", response="score", interactions=True, allow_missing=True
     )
     design, two = analysis.design, analysis.type_two
     first, second = indicators(design, "activation"), indicators(design, "scale")

@@ -115,3 +115,10 @@ def test_what_no_run_can_do_is_refused_before_anything_runs(
     with pytest.raises(ValueError, match=f"the digits job cannot train .*{message}"):
         sweep(JOB, JOB.smoke, make_grid([table], [0]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_warm_up_longer_than_the_training_is_refused(tmp_path: Path) -> None:
+    settings = {**JOB.smoke, "steps": 3, "warmup": 4}
+    with pytest.raises(ValueError, match=r"warmup must be at most its steps; got warmup=4, steps=3"):
+        sweep(JOB, settings, make_grid([{"family": "lora"}], [0]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

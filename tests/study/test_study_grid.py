@@ -80,9 +80,36 @@ def test_an_id_names_everything_that_decides_the_result() -> None:
     assert len(name) == 12
 
 
+TABLES = [
+    {"family": "bottleneck", "pairs": ["ff_in -> ff_in"], "budget": 12.0, "scale": [1, 2]},
+    {"family": "bottleneck", "form": "compacter", "terms": 2, "width": 8},
+    {"family": "bottleneck", "pairs": "ff_in -> block_out", "form": "krona", "factors": "4x8"},
+    {"family": "krona", "factors": "4x8"},
+    {"family": "lokr", "factor": 4},
+    {"family": "lora", "rank": 2},
+]
+
+
 def test_an_id_does_not_change_between_versions() -> None:
     """Finished studies would be redone."""
-    assert run_id("digits", {"steps": 3}, {"family": "lora", "rank": 2, "seed": 0}) == "09744fd19957"
+    names = [run_id("digits", {"steps": 3}, config) for config in make_grid(TABLES, [0]).configs]
+    assert names == [
+        "cf566e35b87e",
+        "274f1dd5825b",
+        "5ad855e4c829",
+        "6e34f5ed6048",
+        "06566e9892c0",
+        "c97d2922eeba",
+        "09744fd19957",
+    ]
+
+
+def test_a_new_axis_at_its_default_leaves_the_ids_as_they_are() -> None:
+    """The run of a version that did not have `terms` yet is not redone, and another value is another run."""
+    (config,) = make_grid([bottleneck()], [0]).configs
+    older = {name: value for name, value in config.items() if name != "terms"}
+    assert run_id("digits", {}, older) == run_id("digits", {}, config)
+    assert run_id("digits", {}, {**config, "terms": 2}) != run_id("digits", {}, config)
 
 
 def test_description() -> None:
@@ -127,6 +154,19 @@ def test_description() -> None:
         ([bottleneck()], [], "seeds must be different integers, at least one"),
         ([bottleneck()], [0, 0], "seeds must be different integers"),
         ([bottleneck()], [-1], "seeds must be at least 0; got -1"),
+        (
+            [bottleneck()],
+            [0, 2**63],
+            r"seeds must be below 2\*\*63 = 9223372036854775808; got 9223372036854775808",
+        ),
+        ([bottleneck(terms=[2, 4])], [0], "form dense has no axis terms: terms is for compacter"),
+        ([bottleneck(rank=2)], [0], "form dense has no axis rank: rank is for compacter"),
+        (
+            [bottleneck(pairs="ff_in -> block_out", form=["krona", "krona_res"], factors="4x8")],
+            [0],
+            "form krona, krona_res has no axis width: width is for dense, compacter",
+        ),
+        ([bottleneck(form="conv", terms=2)], [0], "form must be one of dense, compacter, krona, krona_res"),
     ],
 )
 def test_rejects(tables: list[dict[str, Any]], seeds: list[int], message: str) -> None:
@@ -184,6 +224,21 @@ def test_smoke_has_one_seed_and_its_own_grid_where_none_is_given() -> None:
     assert len(request(smoke=True, pairs="all").grid.configs) == 20
 
 
+def test_a_setting_is_a_toml_value_or_text() -> None:
+    texts = {
+        "a": ("true", True), "b": ("1_000", 1000), "c": ("5e-3", 5e-3), "d": ("[1, 2]", [1, 2]),
+        "e": ('"7"', "7"), "f": ("cosine", "cosine"), "g": ("1\nh = 2", "1\nh = 2"), "i": ("a=b", "a=b"),
+    }  # fmt: skip
+    found = request(settings=[f"{name}={text}" for name, (text, _) in texts.items()])
+    assert found.settings == found.options == {name: value for name, (_, value) in texts.items()}
+    assert request({"settings": {"steps": 2}}, settings=["warmup=1"]).options == {"warmup": 1}
+
+
+def test_a_form_given_as_an_option_brings_its_axes() -> None:
+    configs = request(form="compacter", terms="2,4", width="8").grid.configs
+    assert {(each["form"], each["terms"]) for each in configs} == {("compacter", 2), ("compacter", 4)}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -194,6 +249,10 @@ def test_smoke_has_one_seed_and_its_own_grid_where_none_is_given() -> None:
         ({"seeds": "0,x"}, "seeds must be integers separated by commas; got '0,x'"),
         ({"settings": ["steps"]}, "a setting is written KEY=VALUE; got 'steps'"),
         ({"pairs": "ff_in->attn1_in"}, "comes before source"),
+        ({"width": "4", "budget": "2"}, "give width or budget, not both; a budget chooses the width"),
+        ({"pairs": "all", "source": "ff_in"}, "give pairs, or source and sink, not both"),
+        ({"pairs": "all", "sink": "ff_in"}, "give pairs, or source and sink, not both"),
+        ({"terms": "2"}, r"no family of the grid \(bottleneck\) has the axis terms"),
     ],
 )
 def test_rejects_options(options: dict[str, Any], message: str) -> None:
@@ -238,3 +297,23 @@ def test_forms_of_bottlenecks_are_axes() -> None:
     ]  # fmt: skip
     assert [adapter_spec(each).factors for each in configs] == [None, None, (4, 8), (4, 8)]
     assert "krona_res factors=4x8" in describe(configs[-1])
+
+
+def test_axes_that_a_form_does_not_have_are_at_their_default() -> None:
+    """Dense has no terms: one run for it, and two for compacter, in one table."""
+    table = {"family": "bottleneck", "width": 8, "form": ["dense", "compacter"], "terms": [2, 4]}
+    configs = make_grid([table], [0]).configs
+    assert [(each["form"], each["terms"]) for each in configs] == [
+        ("dense", 4), ("compacter", 2), ("compacter", 4),
+    ]  # fmt: skip
+    krona = {
+        "family": "bottleneck", "pairs": "ff_in -> block_out", "form": ["dense", "krona"], "factors": "4x8",
+        "activation": ["relu", "silu"], "budget": [2.0, 4.0],
+    }  # fmt: skip
+    configs = make_grid([krona], [0]).configs
+    assert len(configs) == 4 + 1
+    assert [each["factors"] for each in configs].count(None) == 4
+    (alone,) = (each for each in configs if each["form"] == "krona")
+    assert (alone["factors"], alone["width"], alone["budget"]) == ("4x8", None, None)
+    assert alone["activation"] == "relu"
+    assert "relu" not in describe(alone)

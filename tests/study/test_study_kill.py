@@ -108,7 +108,12 @@ def test_ctrl_c_stops_cleanly(tmp_path: Path) -> None:
     assert code == 130, printed
     assert "stopped with 1 more runs done; the same command goes on" in printed
     assert set(read_records(tmp_path)) == set(finished(tmp_path).values())
-    assert list(pd.read_csv(tmp_path / "results.csv")["rank"]) == [1]
+    table = pd.read_csv(tmp_path / "results.csv")
+    assert dict(zip(table["rank"], table["status"], strict=True)) == {
+        1: "finished",
+        2: "pending",
+        3: "pending",
+    }
     assert not list(tmp_path.rglob("*.partial"))
     wait_for(lambda: not alive(everything), "the end of Ray's processes")
 

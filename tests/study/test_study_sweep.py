@@ -5,19 +5,30 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import sweep_jobs
-from kronafuse.study.cluster import Resources, check_answers, check_shared, connected, read_token, slots
+from kronafuse.study.anova.analysis import analyse
+from kronafuse.study.cluster import (
+    Resources,
+    check_answers,
+    check_shared,
+    connected,
+    read_token,
+    slots,
+    usable_cpus,
+)
+from kronafuse.study.folder import locked
 from kronafuse.study.grid import Grid, make_grid
 from kronafuse.study.job import Job, find_job
-from kronafuse.study.results import results_table
+from kronafuse.study.results import results_table, write_results
 from kronafuse.study.runs import Run, checked_metrics, execute, failure, record_path
-from kronafuse.study.sweep import Outcome, locked, sweep
-from kronafuse.study.view import View
+from kronafuse.study.sweep import Outcome, sweep
+from kronafuse.study.view import View, outcome
 from rich.console import Console
 
 pytestmark = pytest.mark.usefixtures("session")
@@ -83,6 +94,69 @@ def test_again_redoes_nothing_and_another_grid_adds(tmp_path: Path) -> None:
     after = stamps(tmp_path)
     assert {name: after[name] for name in before} == before
     assert len(pd.read_csv(tmp_path / "results.csv")) == 3
+
+
+def statuses(folder: Path) -> dict[int, str]:
+    """Rank -> status in the table."""
+    table = pd.read_csv(folder / "results.csv")
+    return dict(zip(table["rank"], table["status"], strict=True))
+
+
+def test_runs_without_a_record_are_pending_in_the_table(tmp_path: Path) -> None:
+    """As after an interrupt; also those that only an earlier grid of the folder asked for."""
+    outcome, _ = run_sweep(tmp_path, grid_=grid(1, 2), settings={"steps": 7})
+    run_sweep(tmp_path, grid_=grid(4), settings={"steps": 7})
+    record_path(tmp_path, outcome.finished[1]).unlink()
+    write_results(tmp_path)
+    assert statuses(tmp_path) == {1: "finished", 2: "pending", 4: "finished"}
+    row = pd.read_parquet(tmp_path / "results.parquet").set_index("rank").loc[2]
+    assert (row["id"], row["steps"]) == (outcome.finished[1], 7)
+    assert pd.isna(row["score"])
+    assert pd.isna(row["seconds"])
+    with pytest.raises(ValueError, match=rf"{outcome.finished[1]} lora rank=2 .*\(pending\)"):
+        analyse(tmp_path / "results.csv", tmp_path / "out", response="score", factors=["rank"])
+    run_sweep(tmp_path, grid_=grid(1), settings={"steps": 7})
+    assert statuses(tmp_path)[2] == "pending"
+    run_sweep(tmp_path, grid_=grid(1, 2), settings={"steps": 7})
+    assert set(statuses(tmp_path).values()) == {"finished"}
+
+
+def test_a_folder_that_does_not_remember_its_grids_is_accepted(tmp_path: Path) -> None:
+    run_sweep(tmp_path)
+    (tmp_path / "sweep.json").write_text('{"job": "test", "settings": {}}')
+    before = stamps(tmp_path)
+    run_sweep(tmp_path, grid_=grid(2, 4))
+    assert {name: stamps(tmp_path)[name] for name in before} == before
+    remembered = json.loads((tmp_path / "sweep.json").read_text())["configs"]
+    assert [config["rank"] for config in remembered] == [2, 4]
+    assert statuses(tmp_path) == dict.fromkeys((1, 2, 4), "finished")
+
+
+def test_the_cluster_is_looked_for_before_the_job_prepares(tmp_path: Path) -> None:
+    def prepare(settings: Any, folder: Path) -> None:
+        (folder / "prepared").touch()
+
+    job = Job("test", sweep_jobs.quick, prepare=prepare)
+    with pytest.raises(ValueError, match=r"a run needs 3 CPUs"):
+        run_sweep(tmp_path, job, resources=Resources(per_run=3))
+    assert not (tmp_path / "prepared").exists()
+    run_sweep(tmp_path, job)
+    assert (tmp_path / "prepared").exists()
+
+
+def test_a_job_that_ends_its_process_has_failed(tmp_path: Path) -> None:
+    outcome, _ = run_sweep(tmp_path, sweep_jobs.leaving, grid(1), retries=2)
+    assert list(outcome.failed.values()) == ["SystemExit: exit code 3"]
+    assert len(list((tmp_path / "notes").iterdir())) == 1
+
+
+def test_processors_are_counted_where_the_system_does_not_say_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert usable_cpus() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert usable_cpus() == 7
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert usable_cpus() == 1
 
 
 def test_a_failure_is_recorded_and_stops_no_other(tmp_path: Path) -> None:
@@ -157,6 +231,12 @@ def test_two_sweeps_in_one_folder_are_refused(tmp_path: Path) -> None:
 def test_settings_may_not_be_named_as_axes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"settings must not be named as axes; got rank, seed"):
         run_sweep(tmp_path, settings={"rank": 2, "seed": 1})
+    with pytest.raises(
+        ValueError,
+        match=r"sweep: settings must not be named status, my_version; reserved are: id, status, seconds, error,",
+    ):
+        run_sweep(tmp_path, settings={"status": 2, "my_version": 1})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_more_than_the_session_has_is_refused(tmp_path: Path) -> None:
@@ -226,6 +306,11 @@ def test_figures_are_checked() -> None:
             ValueError,
             "figures must not be named as axes or settings; got rank, steps",
         ),
+        ({"alpha": 1.0}, ValueError, "figures must not be named as axes or settings; got alpha"),
+        *(
+            ({name: 1.0}, ValueError, f"a job's figures must not be named {name}; reserved are: id, status")
+            for name in ("id", "status", "seconds", "error", "host", "pair", "torch_version")
+        ),
     ):
         with pytest.raises(kind, match=message):
             checked_metrics(metrics, run)
@@ -246,6 +331,30 @@ def test_a_failed_record_has_no_figures() -> None:
     record = failure(Run("abc", {"family": "lora", "rank": 2, "seed": 0}, {"steps": 3}), "gone")
     table = results_table([record])
     assert list(table.columns) == ["id", "status", "family", "rank", "seed", "steps", "seconds", "error"]
+
+
+def test_the_table_leaves_axes_empty_that_a_form_does_not_have() -> None:
+    table = {"family": "bottleneck", "width": 8, "form": ["dense", "compacter"], "terms": [2, 4]}
+    records = [
+        failure(Run(str(i), each, {}), "gone") for i, each in enumerate(make_grid([table], [0]).configs)
+    ]
+    terms = results_table(records).set_index("id")["terms"]
+    assert pd.isna(terms["0"])
+    assert list(terms[["1", "2"]]) == [2, 4]
+
+
+def test_jobs_are_found_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_jobs_here.py").write_text("def run(config, folder):\n    return {'score': 1.0}\n")
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each not in ("", os.getcwd())])
+    with pytest.raises(ImportError, match="own_jobs_here"):
+        find_job("own_jobs_here:run")
+    monkeypatch.chdir(tmp_path)
+    assert find_job("own_jobs_here:run").run({}, tmp_path) == {"score": 1.0}
+
+
+def test_a_progress_line_has_the_first_line_of_an_error() -> None:
+    record = failure(Run("abc", {"family": "lora"}, {}), "ValueError: first\nsecond")
+    assert outcome(record) == "failed: ValueError: first"
 
 
 def test_jobs_are_found_by_name() -> None:

@@ -8,15 +8,14 @@ from pathlib import Path
 import pandas as pd
 
 from ...train.files import prepare_output
-from .design import RUNS, Design, make_design
+from .design import Design, make_design
 from .linear import type_two
-from .one_way import one_way
+from .one_way import OneWay, one_way
 from .plots import save_factor, save_positions
-from .report import Analysis, write_report
+from .report import POSITIONS_PLOT, Analysis, write_report
 from .table import SEED, filtered, level, parse_condition, read_results
 
 RESPONSE = "accuracy_new"
-POSITIONS_PLOT = "positions.png"
 
 
 def analyse(
@@ -24,7 +23,6 @@ def analyse(
     output: Path,
     *,
     response: str = RESPONSE,
-    over: str = RUNS,
     factors: Sequence[str] | None = None,
     where: Sequence[str] = (),
     interactions: bool = False,
@@ -33,27 +31,34 @@ def analyse(
     """Analyses a results file; writes anova.md, anova.json and a PNG for each factor and for the positions.
 
     response: a numeric column
-    over:     "runs", seeds are replicates; "cells", the mean of each cell's runs
     factors:  columns; every axis that varies if absent
     where:    "column=value,..." or "column!=value,..."
     interactions: every two factors together, in the type-II table
 
-    Raises ValueError for a file, a response, factors and filters that do not fit, and for missing cells unless
-    they are allowed.
+    Raises ValueError for a file, a response, factors and filters that do not fit, and for missing runs and cells
+    unless they are allowed.
     """
     conditions = [parse_condition(each) for each in where]
     table = filtered(read_results(path), conditions)
-    design = make_design(
-        table, response, factors=factors, over=over, conditions=conditions, allow_missing=allow_missing
-    )
-    alone, together = one_way(design), type_two(design, interactions=interactions)
+    design = make_design(table, response, factors=factors, conditions=conditions, allow_missing=allow_missing)
+    configurations, runs = one_way_tables(design)
+    together = type_two(design, interactions=interactions)
     prepare_output(output)
     analysis = Analysis(
-        path.name, tuple(map(str, conditions)), len(table), design, alone, together,
+        path.name, tuple(map(str, conditions)), len(table), design, configurations, runs, together,
         _constants(table, response), _plots(output, design),
     )  # fmt: skip
     write_report(output, analysis)
     return analysis
+
+
+def one_way_tables(design: Design) -> tuple[list[OneWay], list[OneWay]]:
+    """Over configurations, then over runs; the same where every configuration was run once.
+
+    A factor without replicates over configurations has a note there; the errors are those over runs.
+    """
+    runs = one_way(design)
+    return (one_way(design.over_configurations(), lenient=True) if design.replicated else runs), runs
 
 
 def _plots(output: Path, design: Design) -> dict[str, str]:

@@ -4,31 +4,40 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 
 from ...nn.positions import PAIRS
-from ..families import describe
-from .table import FACTORS, PAIR, SEED, Condition, check_columns, check_response, level, levels_of
-
-RUNS, CELLS = "runs", "cells"
-OVER = (RUNS, CELLS)
-"""What an observation is: a run, so that seeds are replicates, or the mean of a cell's runs."""
+from .table import (
+    FACTORS,
+    PAIR,
+    SEED,
+    STATUS,
+    Condition,
+    check_columns,
+    check_response,
+    level,
+    levels_of,
+    row_name,
+    unfinished,
+)
 
 
 @dataclass(frozen=True)
 class Design:
-    """data:     one row an observation: every factor's level as text, and the response
-    factors:  those that vary -> their levels in order
-    left_out: factors that are not analysed -> why
-    missing:  runs and cells without a response, by name
+    """data:           one row an observation: every factor's level as text, and the response
+    configurations: the same, with the mean of each configuration's runs for its observation; a configuration
+                    is the values of all axes but the seed, whether they are factors here or not
+    factors:        those that vary -> their levels in order
+    left_out:       factors that are not analysed -> why
+    missing:        runs and cells without a response, by name
     """
 
     data: pd.DataFrame
+    configurations: pd.DataFrame
     response: str
-    over: str
     factors: dict[str, list[str]]
     left_out: dict[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
@@ -38,13 +47,21 @@ class Design:
         """The observations."""
         return self.data[self.response].to_numpy(float)
 
+    @property
+    def replicated(self) -> bool:
+        """Whether some configuration has several runs."""
+        return len(self.configurations) < len(self.data)
+
+    def over_configurations(self) -> Design:
+        """The design whose observations are the configurations' means."""
+        return replace(self, data=self.configurations)
+
 
 def make_design(
     table: pd.DataFrame,
     response: str,
     *,
     factors: Sequence[str] | None,
-    over: str,
     conditions: Sequence[Condition],
     allow_missing: bool,
 ) -> Design:
@@ -52,28 +69,32 @@ def make_design(
 
     factors: those to analyse; None for every axis that varies
 
-    Raises ValueError for a response or factors that do not exist, for missing cells unless allowed, for fewer
-    than two levels and for a response that does not vary.
+    Raises ValueError for a response or factors that do not exist, for two runs of one configuration and seed,
+    for missing runs and cells unless allowed, for fewer than two levels and for a response that does not vary.
     """
-    if over not in OVER:
-        raise ValueError(f"anova: over must be one of {', '.join(OVER)}; got {over!r}")
     check_response(table, response)
     chosen, left_out = _factors(table, factors)
+    configurations = _configurations(table, chosen)
+    _check_single(table, configurations)
     values = table[response].to_numpy(float, na_value=np.nan)
-    there = np.isfinite(values)
-    missing = [_name(row) for _, row in table[~there].iterrows()]
-    rows = table.loc[there]
-    missing += _missing_cells(rows, chosen, conditions)
+    waiting = unfinished(table).to_numpy()
+    there = np.isfinite(values) & ~waiting
+    missing = [
+        row_name(row) + (f" ({level(row[STATUS]) or 'no status'})" if late else "")
+        for (_, row), late in zip(table[~there].iterrows(), waiting[~there], strict=True)
+    ]
+    missing += _missing_cells(table, chosen, conditions) + _missing_seeds(table, configurations)
     if missing and not allow_missing:
         raise ValueError(
-            f"anova: {len(missing)} cells are missing {response}: {'; '.join(missing)}. Run them (kronafuse sweep"
-            " --retry-failed redoes failed runs), leave them out by --where, or go on without them by"
-            " --allow-missing"
+            f"anova: {len(missing)} runs or cells are missing {response}: {'; '.join(missing)}. Run them (the same"
+            " kronafuse sweep goes on, --retry-failed redoes failed runs), leave them out by --where, or go on"
+            " without them by --allow-missing"
         )
+    rows = table.loc[there]
+    if rows.empty:
+        raise ValueError(f"anova: none of the {len(table)} rows has a {response}")
     data = pd.DataFrame({name: rows[name].map(level) for name in chosen})
     data[response] = values[there]
-    if over == CELLS:
-        data = pd.DataFrame(data.groupby(chosen, sort=False)[response].mean()).reset_index()
     kept = {}
     for name in chosen:
         present = [each for each in levels_of(rows[name]) if each in set(data[name])]
@@ -91,7 +112,11 @@ def make_design(
             f"anova: the response {response} is {data[response].iloc[0]:g} in all {len(data)} observations;"
             " there is no variance to analyse"
         )
-    return Design(data.reset_index(drop=True), response, over, kept, left_out, tuple(missing))
+    grouped = data.groupby(configurations[there], sort=False)
+    means = grouped.first().assign(**{response: grouped[response].mean()})
+    return Design(
+        data.reset_index(drop=True), means.reset_index(drop=True), response, kept, left_out, tuple(missing)
+    )
 
 
 def _factors(table: pd.DataFrame, asked: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
@@ -118,27 +143,69 @@ def _factors(table: pd.DataFrame, asked: Sequence[str] | None) -> tuple[list[str
     return chosen, left_out
 
 
-def _name(row: pd.Series) -> str:
-    """A run by its id and axes."""
-    values = {str(name): value for name, value in row.items() if level(value)}
-    words = [str(values["id"])] if "id" in values else []
-    return " ".join([*words, describe(values)])
+def _configurations(table: pd.DataFrame, factors: Sequence[str]) -> pd.Series:
+    """Each row's configuration, as a number: rows are of one where all axes and all factors are alike."""
+    names = [name for name in dict.fromkeys([*FACTORS, *factors]) if name in table.columns and name != SEED]
+    return pd.DataFrame({name: table[name].map(level) for name in names}).groupby(names, sort=False).ngroup()
 
 
-def _missing_cells(rows: pd.DataFrame, factors: Sequence[str], conditions: Sequence[Condition]) -> list[str]:
-    """Legal pairs of positions, and combinations of the other factors' levels, that have no run with a response."""
+def _check_single(table: pd.DataFrame, configurations: pd.Series) -> None:
+    """ValueError that names the rows which have the same axes and the same seed."""
+    if SEED not in table.columns:
+        return
+    runs = pd.DataFrame({"configuration": configurations, SEED: table[SEED].map(level)})
+    twice = table[runs.duplicated(keep=False)]
+    if len(twice):
+        named = "; ".join(row_name(row) for _, row in twice.iterrows())
+        raise ValueError(
+            f"anova: {len(twice)} rows have the axes and the seed of another one: {named}. Leave all but one of"
+            " each out, by --where or from the file"
+        )
+
+
+def _missing_cells(table: pd.DataFrame, factors: Sequence[str], conditions: Sequence[Condition]) -> list[str]:
+    """Combinations of the factors' levels without any run, source and sink only in legal pairs."""
+    levels = {name: levels_of(table[name]) for name in factors if name != SEED}
+    names = [name for name, its in levels.items() if len(its) > 1 or name in ("source", "sink")]
+    if not names:
+        return []
+    present = set(zip(*(table[name].map(level) for name in names), strict=True))
     missing = []
-    if {"source", "sink"} <= set(factors) or PAIR in factors:
-        present = set(zip(rows["source"].map(level), rows["sink"].map(level), strict=True))
-        for source, sink in PAIRS:
-            cell = {"source": source, "sink": sink, PAIR: f"{source} -> {sink}"}
-            wanted = all(each.accepts(cell[each.column]) for each in conditions if each.column in cell)
-            if wanted and (source, sink) not in present:
-                missing.append(f"pair {cell[PAIR]} (no runs)")
-    others = [name for name in factors if name not in ("source", "sink", PAIR, SEED)]
-    combined = set(zip(*(rows[name].map(level) for name in others), strict=True))
-    for combination in itertools.product(*(levels_of(rows[name]) for name in others)):
-        if others and combination not in combined:
-            named = ", ".join(f"{name}={value}" for name, value in zip(others, combination, strict=True))
-            missing.append(f"{named} (no runs)")
+    for combination in itertools.product(*(levels[name] for name in names)):
+        cell = dict(zip(names, combination, strict=True))
+        if combination not in present and _possible(cell, conditions):
+            missing.append(f"{_cell_name(cell)} (no runs)")
+    return missing
+
+
+def _possible(cell: dict[str, str], conditions: Sequence[Condition]) -> bool:
+    """Whether the cell's source, sink and pair fit each other, and no filter on pairs drops them."""
+    source, sink = cell.get("source"), cell.get("sink")
+    if PAIR in cell:
+        its_source, its_sink = cell[PAIR].split(" -> ")
+        return source in (None, its_source) and sink in (None, its_sink)
+    if source is None or sink is None:
+        return True
+    pair = f"{source} -> {sink}"
+    return (source, sink) in PAIRS and all(each.accepts(pair) for each in conditions if each.column == PAIR)
+
+
+def _cell_name(cell: dict[str, str]) -> str:
+    words = []
+    if {"source", "sink"} <= set(cell):
+        words = [f"pair {cell['source']} -> {cell['sink']}"]
+        cell = {name: value for name, value in cell.items() if name not in ("source", "sink", PAIR)}
+    return ", ".join(words + [f"{name}={value}" for name, value in cell.items()])
+
+
+def _missing_seeds(table: pd.DataFrame, configurations: pd.Series) -> list[str]:
+    """Runs without which not every configuration has every seed."""
+    if SEED not in table.columns:
+        return []
+    seeds = levels_of(table[SEED])
+    missing = []
+    for _, rows in table.groupby(configurations, sort=False):
+        absent = [each for each in seeds if each not in set(rows[SEED].map(level))]
+        name = row_name(rows.iloc[0].drop([SEED, "id"], errors="ignore"))
+        missing += [f"{name} seed={seed} (no run)" for seed in absent]
     return missing

@@ -48,7 +48,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class TypeTwo:
-    """terms: one a factor
+    """terms: one a factor, and with interactions one for every two factors
     rank:  of the design matrix, which has `columns`
     parts: for every two factors that are not connected
     """
@@ -63,7 +63,7 @@ class TypeTwo:
 
     @property
     def aliased(self) -> dict[str, tuple[int, int]]:
-        """Factors that the others leave fewer degrees of freedom -> (df, nominal)."""
+        """Terms that the others leave fewer degrees of freedom -> (df, nominal)."""
         return {each.factor: (each.df, each.nominal) for each in self.terms if each.df < each.nominal}
 
 

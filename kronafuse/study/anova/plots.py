@@ -19,7 +19,7 @@ MOST_LEVEL_LABELS = 5
 
 
 def save_factor(path: Path, design: Design, factor: str) -> None:
-    """Every observation by level, and each level's mean with its confidence interval (t distribution)."""
+    """Every run by level, and each level's mean with its confidence interval (t distribution)."""
     levels, column = design.factors[factor], design.data[factor].to_numpy()
     figure = Figure(figsize=(max(4.0, 0.9 * len(levels) + 1.5), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -29,7 +29,7 @@ def save_factor(path: Path, design: Design, factor: str) -> None:
         spread = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else np.zeros(1)
         axes.plot(
             place + spread, values, "o", color="C0", alpha=0.35, markersize=4,
-            label="" if place else "observation",
+            label="" if place else "run",
         )  # fmt: skip
         low, high = interval(values)
         mean = values.mean()
@@ -81,7 +81,7 @@ def save_positions(path: Path, design: Design) -> None:
 
 
 def position_means(design: Design) -> np.ndarray:
-    """(10, 7) means over all observations of a pair, NaN where there are none."""
+    """(10, 7) means over all runs of a pair, NaN where there are none."""
     means = np.full((len(SOURCES), len(SINKS)), np.nan)
     for source, sink in PAIRS:
         values = design.values[((design.data["source"] == source) & (design.data["sink"] == sink)).to_numpy()]

@@ -8,32 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from ...formats.atomic import write_json, written_beside
-from .design import CELLS, RUNS, Design
+from .design import Design
 from .linear import Term, TypeTwo
 from .one_way import OneWay
 from .plots import CONFIDENCE, interval
 
 MARKDOWN, JSON = "anova.md", "anova.json"
+POSITIONS_PLOT = "positions.png"
 
-OBSERVATIONS = {
-    RUNS: "every run is an observation, so that seeds are replicates",
-    CELLS: "every cell's mean over its runs is an observation",
-}
+OVER_CONFIGURATIONS, OVER_RUNS = "over configurations", "over runs"
 
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
     """Everything that was computed and what it was computed from.
 
-    constants: columns with one value in all rows -> that value
-    plots:     title -> file name beside the report
+    configurations: one-way, every configuration's mean over its seeds is an observation
+    runs:           one-way, every run is one; the same list where every configuration was run once
+    constants:      columns with one value in all rows -> that value
+    plots:          title -> file name beside the report
     """
 
     source: str
     filters: tuple[str, ...]
     rows: int
     design: Design
-    one_way: list[OneWay]
+    configurations: list[OneWay]
+    runs: list[OneWay]
     type_two: TypeTwo
     constants: dict[str, str]
     plots: dict[str, str]
@@ -53,15 +54,16 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
         "source": analysis.source,
         "filters": list(analysis.filters),
         "response": design.response,
-        "over": design.over,
         "rows": analysis.rows,
-        "observations": len(design.data),
+        "runs": len(design.data),
+        "configurations": len(design.configurations),
         "factors": design.factors,
         "left_out": design.left_out,
         "missing": list(design.missing),
         "constants": analysis.constants,
         "means": {factor: means(design, factor) for factor in design.factors},
-        "one_way": [dataclasses.asdict(each) for each in analysis.one_way],
+        "one_way_configurations": [dataclasses.asdict(each) for each in analysis.configurations],
+        "one_way_runs": [dataclasses.asdict(each) for each in analysis.runs],
         "type_two": dataclasses.asdict(two),
         "aliased": {name: {"df": df, "nominal": nominal} for name, (df, nominal) in two.aliased.items()},
         "plots": analysis.plots,
@@ -87,10 +89,12 @@ def as_markdown(analysis: Analysis) -> str:
     parts = [
         f"# Analysis of variance of {design.response}",
         _counts(analysis),
-        "## One factor at a time",
-        f"F = MS_between / MS_within; {OBSERVATIONS[design.over]}.",
-        markdown_table(*one_way_rows(analysis.one_way)),
-        "## All factors together (type II)",
+        *[
+            part
+            for title, (text, results) in one_way_tables(analysis).items()
+            for part in (f"## {title}", text, markdown_table(*one_way_rows(results)))
+        ],
+        f"## {type_two_title(analysis)}",
         "Each term's sum of squares given all others that do not contain it, by ordinary least squares.",
         markdown_table(*type_two_rows(analysis.type_two)),
         *_bullets(alias_notes(analysis.type_two)),
@@ -101,8 +105,10 @@ def as_markdown(analysis: Analysis) -> str:
             [each["level"], str(each["count"]), f"{each['mean']:.4g}", _interval_text(each)]
             for each in means(design, factor)
         ]
-        parts.append(markdown_table([factor, "observations", "mean", f"{CONFIDENCE:.0%} interval"], rows))
+        parts.append(markdown_table([factor, "runs", "mean", f"{CONFIDENCE:.0%} interval"], rows))
     parts += ["## Plots", *[f"![{title}]({name})" for title, name in analysis.plots.items()]]
+    if POSITIONS_PLOT not in analysis.plots.values():
+        parts.append(NO_POSITIONS)
     if design.missing:
         parts += ["## Missing", *_bullets(design.missing)]
     if analysis.constants:
@@ -121,7 +127,7 @@ def _counts(analysis: Analysis) -> str:
     filters = f", left by the filters {' and '.join(f'`{each}`' for each in analysis.filters)}"
     lines = [
         f"Results: `{analysis.source}`, {analysis.rows} rows{filters if analysis.filters else ''}",
-        f"Observations: {len(design.data)}; {OBSERVATIONS[design.over]}",
+        f"Runs with a result: {len(design.data)}, of {len(design.configurations)} configurations",
         *[
             f"Factor {name}: {len(levels)} levels ({', '.join(levels)})"
             for name, levels in design.factors.items()
@@ -132,13 +138,40 @@ def _counts(analysis: Analysis) -> str:
     return _bullets(lines)[0]
 
 
+NO_POSITIONS = "No map of positions: source and sink are not both among the factors looked at."
+
+
+def one_way_tables(analysis: Analysis) -> dict[str, tuple[str, list[OneWay]]]:
+    """Title -> what an observation is, and the results; one table where every configuration was run once."""
+    means = "every configuration's mean over its seeds is an observation, as in the paper"
+    tables = {
+        f"One factor at a time, {OVER_CONFIGURATIONS}": (
+            f"F = MS_between / MS_within; {means}.", analysis.configurations,
+        ),
+        f"One factor at a time, {OVER_RUNS}": (
+            "F = MS_between / MS_within; every run is an observation, as if the seeds of a configuration were"
+            " independent of each other.",
+            analysis.runs,
+        ),
+    }  # fmt: skip
+    return tables if analysis.design.replicated else dict([next(iter(tables.items()))])
+
+
+def type_two_title(analysis: Analysis) -> str:
+    """Heading of the type-II table."""
+    if analysis.design.replicated:
+        return f"All factors together (type II), {OVER_RUNS}: seeds are replicates"
+    return f"All factors together (type II), {OVER_CONFIGURATIONS}"
+
+
 def one_way_rows(results: Sequence[OneWay]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the one-way table."""
     head = ["factor", "df between", "df within", "MS between", "MS within", "F", "p"]
     rows = [
         [
             each.factor, str(each.df_between), str(each.df_within), f"{each.ms_between:.4g}",
-            f"{each.ms_within:.4g}", f"{each.f:.4g}", p_text(each.p),
+            "" if each.ms_within is None else f"{each.ms_within:.4g}",
+            each.note if each.f is None else f"{each.f:.4g}", "" if each.p is None else p_text(each.p),
         ]
         for each in results
     ]  # fmt: skip
@@ -147,7 +180,7 @@ def one_way_rows(results: Sequence[OneWay]) -> tuple[list[str], list[list[str]]]
 
 def type_two_rows(result: TypeTwo) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the type-II table, the residual's last; an aliased factor has no figures."""
-    head = ["factor", "df", "SS", "F", "p", "η²", "partial η²", "ω²"]
+    head = ["term", "df", "SS", "F", "p", "η²", "partial η²", "ω²"]
     rows = [_term_row(each) for each in result.terms]
     rows.append(["residual", str(result.df_residual), f"{result.ss_residual:.4g}", "", "", "", "", ""])
     return head, rows
@@ -197,4 +230,4 @@ def p_text(p: float) -> str:
 
 
 def _interval_text(level: dict[str, Any]) -> str:
-    return "one observation" if level["low"] is None else f"{level['low']:.4g} to {level['high']:.4g}"
+    return "one run" if level["low"] is None else f"{level['low']:.4g} to {level['high']:.4g}"

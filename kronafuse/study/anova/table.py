@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ...nn.positions import POSITIONS, SINKS, SOURCES
-from ..families import AXES
+from ...nn.positions import PAIRS, POSITIONS, SINKS, SOURCES
+from ..families import AXES, describe
+from ..runs import FINISHED
 
 FACTORS = ("family", *AXES)
 """Columns that are factors of a design; the seed makes replicates."""
@@ -19,6 +20,10 @@ FACTORS = ("family", *AXES)
 SEED = "seed"
 PAIR = "pair"
 """A column made of source and sink, for `--factors pair`."""
+
+STATUS = "status"
+WHOLE_BELOW = 2**53
+"""Whole floats below this are written without a point, as integers are."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ def read_results(path: Path) -> pd.DataFrame:
     """The table of a .csv or .parquet file, with a column `pair` where it has source and sink.
 
     Raises FileNotFoundError, ValueError for a file that cannot be read as what its name says, for one without
-    rows and for one that has none of a design's columns.
+    rows, for one that has none of a design's columns, and for rows with positions that do not exist or are no
+    legal pair.
     """
     if not path.is_file():
         raise FileNotFoundError(f"anova: results file {path} does not exist")
@@ -75,7 +81,44 @@ def read_results(path: Path) -> pd.DataFrame:
         both = table["source"].notna() & table["sink"].notna()
         names = table["source"].astype(str) + " -> " + table["sink"].astype(str)
         table[PAIR] = names.where(both, None)
+    _check_positions(path, table)
     return table
+
+
+def _check_positions(path: Path, table: pd.DataFrame) -> None:
+    for column, known in (("source", SOURCES), ("sink", SINKS)):
+        if column in table.columns:
+            unknown = table[column].map(level).map(lambda name, known=known: bool(name) and name not in known)
+            if unknown.any():
+                raise ValueError(
+                    f"anova: {path}: {column} must be one of {', '.join(known)}; got {_quoted(table, unknown, column)}"
+                )
+    if PAIR in table.columns:
+        pairs = {f"{source} -> {sink}" for source, sink in PAIRS}
+        illegal = table[PAIR].map(lambda name: bool(level(name)) and name not in pairs)
+        if illegal.any():
+            raise ValueError(
+                f"anova: {path}: the sink may not come before its source; got {_quoted(table, illegal, PAIR)}"
+            )
+
+
+def _quoted(table: pd.DataFrame, rows: pd.Series, column: str) -> str:
+    """Values of a column with the rows that have them."""
+    return "; ".join(f"{row[column]!r} in row {row_name(row)}" for _, row in table[rows].iterrows())
+
+
+def row_name(row: pd.Series) -> str:
+    """A run by its id and axes, or its number from 1 where it has neither."""
+    values = {str(name): value for name, value in row.items() if level(value)}
+    words = [str(values["id"])] if "id" in values else []
+    return " ".join(filter(None, [*words, describe(values)])) or str(int(str(row.name)) + 1)
+
+
+def unfinished(table: pd.DataFrame) -> pd.Series:
+    """Which rows are of runs that failed or are still to be done."""
+    if STATUS not in table.columns:
+        return pd.Series(False, index=table.index)
+    return table[STATUS].map(level) != FINISHED
 
 
 def check_columns(table: pd.DataFrame, names: Sequence[str], what: str) -> None:
@@ -88,7 +131,7 @@ def check_columns(table: pd.DataFrame, names: Sequence[str], what: str) -> None:
 
 
 def check_response(table: pd.DataFrame, response: str) -> None:
-    """ValueError where the response is no numeric column, with those there are."""
+    """ValueError where the response is no numeric column, with those there are, and the rows that have text."""
     numeric = [
         name
         for name in table.columns
@@ -96,6 +139,13 @@ def check_response(table: pd.DataFrame, response: str) -> None:
         and not pd.api.types.is_bool_dtype(table[name])
         and name not in (*FACTORS, SEED)
     ]
+    if response not in numeric and response in table.columns and response not in (*FACTORS, SEED, PAIR):
+        numbers = pd.Series(pd.to_numeric(table[response], errors="coerce"), table.index)
+        text = table[response].notna() & numbers.isna()
+        if numbers.notna().any() and text.any():
+            raise ValueError(
+                f"anova: response {response} must be a number in every row; got {_quoted(table, text, response)}"
+            )
     if response not in numeric:
         raise ValueError(
             f"anova: response must be a numeric column, one of {', '.join(numeric) or 'none'}; got {response!r}"
@@ -103,13 +153,17 @@ def check_response(table: pd.DataFrame, response: str) -> None:
 
 
 def level(value: Any) -> str:
-    """How a factor's value is written in filters, tables and plots; "" where it is empty."""
+    """How a factor's value is written in filters, tables and plots; "" where it is empty.
+
+    Values that differ are written differently; 1.0 and 1 are the same.
+    """
     if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
         return ""
     if isinstance(value, (bool, np.bool_)):
         return str(bool(value)).lower()
-    if isinstance(value, (int, float, np.integer, np.floating)):
-        return f"{value:g}"
+    if isinstance(value, (float, np.floating)):
+        whole = float(value).is_integer() and abs(value) < WHOLE_BELOW
+        return str(int(value)) if whole else repr(float(value))
     return str(value)
 
 
@@ -123,12 +177,29 @@ def levels_of(column: pd.Series) -> list[str]:
     return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
 
+def as_written(condition: Condition, column: pd.Series) -> Condition:
+    """The condition with its numbers as `level` writes them: scale=1.0 is scale=1."""
+    if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+        return condition
+    return replace(condition, values=tuple(_number_level(value) for value in condition.values))
+
+
+def _number_level(text: str) -> str:
+    for kind in (int, float):
+        try:
+            return level(kind(text))
+        except ValueError:
+            continue
+    return text
+
+
 def filtered(table: pd.DataFrame, conditions: Sequence[Condition]) -> pd.DataFrame:
     """The rows that every condition accepts.
 
     Raises ValueError for columns and values that do not occur, and where no row is left.
     """
     check_columns(table, [each.column for each in conditions], "filter on")
+    conditions = [as_written(each, table[each.column]) for each in conditions]
     kept = pd.Series(True, index=table.index)
     for condition in conditions:
         there = levels_of(table[condition.column])
