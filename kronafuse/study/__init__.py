@@ -1,7 +1,8 @@
 """Studies: a grid of adapters over one training job, run on Ray, and the analysis of its variance.
 
-`grid` says which runs there are, `job` what a run does, `sweep` runs them and `results` gathers what they
-wrote; `anova` reads such a table. Needs the libraries of the `study` extra; the digits job those of `train` too.
+`grid` says which runs there are, `job` what a run does, `sweep` runs them, `folder` remembers what was asked for
+and `results` gathers what they wrote; `anova` reads such a table. Needs the libraries of the `study` extra; the
+digits job those of `train` too.
 """
 
 from __future__ import annotations

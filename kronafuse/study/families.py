@@ -100,8 +100,10 @@ def describe(config: Mapping[str, Any]) -> str:
         words.append(str(config["activation"]))
     if config.get("form") not in (None, "dense"):
         words.append(str(config["form"]))
-    for name in ("factors", "factor", "rank", "alpha", "scale", "width", "budget", "init", "seed"):
+    for name in ("terms", "factors", "factor", "rank", "alpha", "scale", "width", "budget", "init", "seed"):
         value = config.get(name)
         if value is not None and has_axis(config, name):
-            words.append(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}")
+            words.append(
+                f"{name}={repr(float(value)).removesuffix('.0') if isinstance(value, float) else value}"
+            )
     return " ".join(words)

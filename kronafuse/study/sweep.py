@@ -89,6 +89,7 @@ def sweep(
     with locked(folder):
         claim(folder, job, complete, grid.configs)
         records = read_records(folder)
+        _check_axes(runs, records, folder)
         status = {run.id: records[run.id]["status"] for run in runs if run.id in records}
         again = (FAILED,) if retry_failed else ()
         pending = [run for run in runs if run.id not in status or status[run.id] in again]
@@ -105,6 +106,22 @@ def sweep(
         finally:
             write_results(folder)
         return _outcome(runs, read_records(folder), ran)
+
+
+def _check_axes(runs: list[Run], records: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """ValueError for a record of other axes than its run has: the default of one has changed, which no id shows."""
+    for run in runs:
+        there = records[run.id]["config"] if run.id in records else {}
+        differing = [
+            f"{name} was {there[name]!r} and is {value!r}"
+            for name, value in run.config.items()
+            if name in there and there[name] != value
+        ]
+        if differing:
+            raise ValueError(
+                f"sweep: {record_path(folder, run.id)} is of other axes: {'; '.join(differing)}."
+                " Give another output folder."
+            )
 
 
 def _outcome(runs: list[Run], records: Mapping[str, Mapping[str, Any]], ran: list[str]) -> Outcome:

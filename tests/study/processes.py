@@ -17,11 +17,18 @@ PATIENCE_SECONDS = 120
 
 
 @contextlib.contextmanager
-def command(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """`kronafuse ARGUMENTS`; killed with all its descendants where the block leaves it running."""
+def command(*arguments: object, installed_in: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """`kronafuse ARGUMENTS`; killed with all its descendants where the block leaves it running.
+
+    installed_in: a folder to run the installed command in, which does not know the tests' jobs
+    """
+    program = [sys.executable, "-m", "kronafuse"]
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    if installed_in is not None:
+        program = [str(Path(sys.executable).with_name("kronafuse"))]
+        del environment["PYTHONPATH"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "kronafuse", *map(str, arguments)],
+        [*program, *map(str, arguments)], cwd=installed_in,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
     )  # fmt: skip
     try:

@@ -462,6 +462,10 @@ def test_rejects_designs() -> None:
         ({"response": "loss"}, "response must be a numeric column, one of score; got 'loss'"),
         ({"response": "activation"}, "response must be a numeric column, one of score; got 'activation'"),
         ({"factors": ["depth"]}, "factors depth: no such column; the file has id, activation"),
+        (
+            {"factors": ["scale", "seed"]},
+            "seed is no factor: the seeds of a configuration are its replicates",
+        ),
         ({"factors": ["scale", "scale"]}, "factors must be different columns; got scale, scale"),
     ):
         with pytest.raises(ValueError, match=message):

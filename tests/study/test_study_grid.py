@@ -316,4 +316,9 @@ def test_axes_that_a_form_does_not_have_are_at_their_default() -> None:
     (alone,) = (each for each in configs if each["form"] == "krona")
     assert (alone["factors"], alone["width"], alone["budget"]) == ("4x8", None, None)
     assert alone["activation"] == "relu"
+    assert [describe(each) for each in make_grid([table], [0]).configs] == [
+        "bottleneck attn2_out -> ff_in relu scale=1 width=8 init=zero_up seed=0",
+        "bottleneck attn2_out -> ff_in relu compacter terms=2 scale=1 width=8 init=zero_up seed=0",
+        "bottleneck attn2_out -> ff_in relu compacter terms=4 scale=1 width=8 init=zero_up seed=0",
+    ]
     assert "relu" not in describe(alone)

@@ -1,4 +1,4 @@
-"""Kills: of a Ray worker, of the driver, and Ctrl-C; no run is lost, none is done twice, no process stays."""
+"""Commands as processes: a Ray worker killed, the driver killed, Ctrl-C; no run is lost, none is done twice."""
 
 from __future__ import annotations
 
@@ -124,3 +124,14 @@ def test_failed_runs_are_the_exit_code(tmp_path: Path) -> None:
     assert code == 1
     assert "1 runs failed; --retry-failed redoes them:" in printed
     assert "the worker process died once: it was killed, or memory ran out" in printed
+
+
+def test_the_installed_command_finds_jobs_in_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "own_jobs.py").write_text("def run(config, folder):\n    return {'score': 1.0}\n")
+    with command(
+        "sweep", "--family", "lora", "--rank", "1", "--seeds", "0", "--job", "own_jobs:run", "--cpus", "1",
+        "--output", "out", installed_in=tmp_path,
+    ) as process:  # fmt: skip
+        code, printed = finish(process)
+    assert code == 0, printed
+    assert "1 finished, 0 failed" in printed

@@ -221,6 +221,19 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
             run_sweep(tmp_path)
 
 
+def test_a_record_of_another_default_is_refused(tmp_path: Path) -> None:
+    run_sweep(tmp_path)
+    path = next((tmp_path / "runs").glob("*.json"))
+    record = json.loads(path.read_text())
+    record["config"]["scale"] = 2.0
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=rf"{path.name} is of other axes: scale was 2.0 and is 1.0"):
+        run_sweep(tmp_path)
+    del record["config"]["scale"]  # of a version without the axis
+    path.write_text(json.dumps(record))
+    assert run_sweep(tmp_path)[0].ran == ()
+
+
 def test_two_sweeps_in_one_folder_are_refused(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(BlockingIOError, match=r"another sweep is at work in "):
         run_sweep(tmp_path)

@@ -125,6 +125,8 @@ def _factors(table: pd.DataFrame, asked: Sequence[str] | None) -> tuple[list[str
         if not asked or len(set(asked)) != len(asked):
             raise ValueError(f"anova: factors must be different columns; got {', '.join(asked) or 'none'}")
         check_columns(table, asked, "factors")
+        if SEED in asked:
+            raise ValueError("anova: seed is no factor: the seeds of a configuration are its replicates")
     chosen, left_out = [], {}
     for name in asked if asked is not None else FACTORS:
         if name not in table.columns:
