@@ -67,8 +67,10 @@ def test_the_readme_quotes_the_committed_ratios():
 
 
 STUDY = RESULTS / "cpu" / "digits_study"
+TRANSFORMER = "source!=res_in,res_out,attn2_context"
 ANALYSES = {
     "pairs": {"where": ["activation=relu", "scale=1"]},
+    "transformer": {"where": ["activation=relu", "scale=1", TRANSFORMER]},
     "form": {"where": ["pair=ff_in -> ff_in"], "interactions": True},
 }
 """Folder of an analysis -> what it was made with."""
@@ -78,21 +80,26 @@ def analysis_of(name: str) -> dict[str, Any]:
     return json.loads((STUDY / name / "anova.json").read_text())
 
 
-def one_way_of(name: str) -> dict[str, dict[str, Any]]:
-    return {each["factor"]: each for each in analysis_of(name)["one_way"]}
+def one_way_of(name: str, over: str) -> dict[str, dict[str, Any]]:
+    return {each["factor"]: each for each in analysis_of(name)[f"one_way_{over}"]}
+
+
+def rows_of(analysis: dict[str, Any]) -> list[dict[str, Any]]:
+    tables = (analysis["one_way_configurations"], analysis["one_way_runs"], analysis["type_two"]["terms"])
+    return [row for table in tables for row in table]
 
 
 @pytest.mark.parametrize("name", ANALYSES)
 def test_the_committed_analyses_are_of_the_committed_runs(name, tmp_path):
     analyse(STUDY / "results.csv", tmp_path, **ANALYSES[name])
     committed, now = analysis_of(name), json.loads((tmp_path / "anova.json").read_text())
-    for each, other in zip(
-        [*committed["one_way"], *committed["type_two"]["terms"]],
-        [*now["one_way"], *now["type_two"]["terms"]],
-        strict=True,
-    ):
-        assert each == pytest.approx(other, rel=1e-6)
-    assert not committed["missing"]
+    assert len(rows_of(committed)) >= 6
+    for row, other in zip(rows_of(committed), rows_of(now), strict=True):
+        assert row.keys() == other.keys()
+        for key, value in row.items():
+            same = pytest.approx(value, rel=1e-6, abs=1e-12) if isinstance(value, float) else value
+            assert other[key] == same, (row, key)
+    assert committed["missing"] == []
     for plot in committed["plots"].values():
         with Image.open(STUDY / name / plot) as image:
             assert image.format == "PNG"
@@ -119,14 +126,54 @@ def test_the_committed_study_is_whole():
 
 def test_the_readme_quotes_the_committed_study():
     text = " ".join((ROOT / "README.md").read_text().split())
-    pairs, form = one_way_of("pairs"), one_way_of("form")
-    for each in (pairs["source"], pairs["sink"], form["activation"], form["scale"]):
-        quoted = f"F({each['df_between']}, {each['df_within']}) = {each['f']:.3g}"
-        assert quoted in text, quoted
+    pairs, form = one_way_of("pairs", "configurations"), one_way_of("form", "configurations")
+    quoted = [
+        f"F({each['df_between']}, {each['df_within']}) = {each['f']:.{digits}g}"
+        for each, digits in (
+            (pairs["source"], 4), (pairs["sink"], 2), (form["activation"], 3), (form["scale"], 3),
+        )
+    ]  # fmt: skip
+    runs = one_way_of("pairs", "runs")
+    quoted.append(f"over runs {runs['source']['f']:.0f} and {runs['sink']['f']:.1f}")
+    terms = {each["factor"]: each for each in analysis_of("pairs")["type_two"]["terms"]}
+    effects = [terms[name]["partial_eta_squared"] for name in ("source", "sink")]
+    quoted.append(f"partial η² = {effects[0]:.2f} and {effects[1]:.2f}")
+
     table = pd.read_csv(STUDY / "results.csv")
+    quoted.append(f"{len(table)} runs of {table['steps'].iloc[0]} steps")
     relu = table[(table["activation"] == "relu") & (table["scale"] == 1)]
     means = relu.groupby(["source", "sink"])["accuracy_new"].mean()
-    for pair in (means.idxmax(), means.idxmin(), ("attn2_out", "ff_in"), ("attn2_context", "attn2_context")):
-        assert f"`{pair[0]} -> {pair[1]}` {100 * means[pair]:.0f} %" in text, (pair, means[pair])
-    low, high = relu["parameters"].min(), relu["parameters"].max()
-    assert f"{low:,} to {high:,} parameters" in text
+    for pair in (
+        means.idxmax(),
+        ("attn2_out", "ff_in"),
+        ("attn2_context", "attn2_context"),
+        ("attn1_out", "attn2_in"),
+    ):
+        quoted.append(f"`{pair[0]} -> {pair[1]}` {100 * means[pair]:.0f} %")
+    assert means["attn1_out", "attn2_in"] == means.min()
+    quoted.append(f"{relu['parameters'].min():,} to {relu['parameters'].max():,} parameters")
+    resnets, attention = (
+        means[means.index.get_level_values("source").isin(names)]
+        for names in (("res_in", "res_out"), ("attn1_in", "attn1_out", "attn2_in"))
+    )
+    quoted.append(
+        f"{100 * resnets.min():.0f} % to {100 * resnets.max():.0f} % against {100 * attention.min():.0f} % to"
+        f" {100 * attention.max():.0f} %"
+    )
+    distances = relu.groupby("source")["frechet_new"].mean()
+    by_pair = relu.groupby(["source", "sink"])["frechet_new"].mean()
+    best = by_pair[[source.startswith("res") for source, _ in by_pair.index]]
+    assert set(distances.nsmallest(2).index) == {"res_in", "res_out"}
+    quoted.append(f"{best.min():.2f} to {best.max():.2f}")
+    published = pd.read_csv(ROOT / "tests/study/published.csv").set_index(["source", "sink"])[
+        "clip_similarity"
+    ]
+    for method, digits in (("pearson", "by {:.2f}"), ("spearman", "(Spearman {:.2f})")):
+        quoted.append(digits.format(means.corr(published, method=method)))
+    at_best = table[
+        (table["source"] == "ff_in") & (table["sink"] == "ff_in") & (table["activation"] == "relu")
+    ]
+    old = at_best.groupby("scale")["accuracy_old"].mean()
+    quoted.append(f"{100 * old[1]:.0f} % of them stay right with ReLU at scale 1, {100 * old[4]:.0f} % at 4")
+    for each in quoted:
+        assert each in text, each

@@ -411,7 +411,7 @@ def test_levels_that_differ_stay_apart() -> None:
 
 def test_without_both_positions_there_is_no_map(tmp_path: Path) -> None:
     analyse(saved(crossed(), tmp_path), tmp_path, response="score")
-    assert "No map of positions: source and sink are not both" in (tmp_path / "anova.md").read_text()
+    assert "No map of positions: it needs source and sink" in (tmp_path / "anova.md").read_text()
     assert not (tmp_path / "positions.png").exists()
 
 

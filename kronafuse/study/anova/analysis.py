@@ -66,7 +66,8 @@ def _plots(output: Path, design: Design) -> dict[str, str]:
     for factor in design.factors:
         plots[f"{design.response} by {factor}"] = f"factor-{factor}.png"
         save_factor(output / f"factor-{factor}.png", design, factor)
-    if {"source", "sink"} <= set(design.data.columns):
+    places = [name for name in ("source", "sink") if name in design.data.columns]
+    if len(places) == 2 and len(design.data.drop_duplicates(places)) > 1:
         plots[f"{design.response} by position"] = POSITIONS_PLOT
         save_positions(output / POSITIONS_PLOT, design)
     return plots

@@ -138,7 +138,9 @@ def _counts(analysis: Analysis) -> str:
     return _bullets(lines)[0]
 
 
-NO_POSITIONS = "No map of positions: source and sink are not both among the factors looked at."
+NO_POSITIONS = (
+    "No map of positions: it needs source and sink among the columns looked at, and two pairs of them."
+)
 
 
 def one_way_tables(analysis: Analysis) -> dict[str, tuple[str, list[OneWay]]]:
