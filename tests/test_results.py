@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,44 @@ def test_the_readme_quotes_the_committed_study():
     quoted.append(f"{100 * old[1]:.0f} % of them stay right with ReLU at scale 1, {100 * old[4]:.0f} % at 4")
     for each in quoted:
         assert each in text, each
+
+
+def bottleneck_rows() -> list[str]:
+    """One table row a case and dtype: the chain's ms and the ratio to it, forward, then forward and backward."""
+    saved = json.loads((RESULTS / "cpu/bottleneck.json").read_text())
+    found: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for each in saved["benchmarks"]:
+        case, dtype, mode, arm = re.fullmatch(
+            r"test_bottleneck\[(.+)-(float32|bfloat16)-(forward|forward \+ backward)-(\w+)\]", each["name"]
+        ).groups()
+        ratio = each["extra_info"].get("ratio_to_chain")
+        text = f"{1e3 * each['stats']['median']:.2g} ms" if ratio is None else f"{ratio:.2f}"
+        found.setdefault((case, dtype), {})[mode, arm] = text
+    columns = [
+        (mode, arm) for mode in ("forward", "forward + backward") for arm in ("chain", "eager", "minimal")
+    ]
+    return [
+        f"| `{case}` | {dtype} | " + " | ".join(each[column] for column in columns) + " |"
+        for (case, dtype), each in found.items()
+    ]
+
+
+def test_the_bottleneck_table_is_the_committed_run():
+    rows, text = bottleneck_rows(), (RESULTS / "README.md").read_text()
+    assert len(rows) == 18
+    for row in rows:
+        assert row in text, row
+
+
+def test_the_readme_quotes_the_committed_bottleneck_ratios():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    rows = [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in bottleneck_rows()]
+    both = {(case, dtype): float(ratio) for case, dtype, *_, ratio, _ in rows}
+    blocks = {
+        dtype: [ratio for (case, each), ratio in both.items() if each == dtype and "context" not in case]
+        for dtype in ("float32", "bfloat16")
+    }
+    single, half = blocks["float32"], blocks["bfloat16"]
+    assert f"{min(single):.2f} to {max(single):.2f} of the plain torch chain's time in fp32" in text
+    assert f"{min(half):.2f} to {max(half):.2f} in bf16 on the layers of transformer blocks" in text
+    assert f"up to {max(both.values()):.2f} on the 77 tokens of a text" in text
