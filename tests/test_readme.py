@@ -55,7 +55,7 @@ def test_bottleneck_snippet(monkeypatch, capsys):
     names: dict[str, object] = {}
     exec(snippet, names)
     assert len(names["adapter"].modules) == 16
-    assert "attn2_out -> ff_in, 1,511,040 parameters, 0.176 %" in capsys.readouterr().out
+    assert "attn2_out -> ff_in, width 60, 1,511,040 parameters, 0.176 %" in capsys.readouterr().out
     names["adapter"].remove()
     within = names["attach"](unet, names["Bottleneck"](width=None, budget=0.75))
     assert (within.spec.width, within.report.parameters) == (256, 6_406_336)

@@ -14,7 +14,7 @@ from .train import train
 
 app = typer.Typer(
     name="kronafuse",
-    help="Kronecker adapters for diffusion models: training, sampling, and a demo on real handwriting.",
+    help="Kronecker and bottleneck adapters for diffusion models: training, sampling, studies, and a demo.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

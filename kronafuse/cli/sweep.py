@@ -17,7 +17,9 @@ def sweep(
     study: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[STUDY]", help="TOML file: job, seeds, [settings], [[adapters]].", show_default=False
+            metavar="[STUDY]",
+            help="TOML file: job, seeds, and the tables settings and adapters.",
+            show_default=False,
         ),
     ] = None,
     output: Annotated[
@@ -82,7 +84,8 @@ def sweep(
     smoke: Annotated[
         bool,
         typer.Option(
-            "--smoke", help="A few steps and one seed: runs everything, learns nothing. --set counts over it."
+            "--smoke",
+            help="A few steps and one seed: runs everything, learns nothing. --set and --seeds count over it.",
         ),
     ] = False,
 ) -> None:

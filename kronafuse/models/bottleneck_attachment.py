@@ -75,8 +75,11 @@ class BottleneckAttachment(Attachment):
         own = {id(parameter) for parameter in self.parameters()}
         model = sum(each.numel() for each in self.model.parameters() if id(each) not in own)
         spec = self.spec
+        size = (
+            f"width {spec.width}" if spec.factors is None else f"factors {spec.factors[0]}x{spec.factors[1]}"
+        )
         return BottleneckReport(
-            type(self.model).__name__, spec.source, spec.sink, blocks, dict(self._unmatched), model
+            type(self.model).__name__, spec.source, spec.sink, size, blocks, dict(self._unmatched), model
         )
 
     def _unmerged(self, what: str) -> None:

@@ -84,6 +84,7 @@ class BottleneckReport:
     """Adapted blocks, and those without an adapter.
 
     source, sink:     the positions
+    size:             the width, or the factors
     unmatched:        block -> why it has none
     model_parameters: numbers of the model without this adapter
     """
@@ -91,6 +92,7 @@ class BottleneckReport:
     model: str
     source: str
     sink: str
+    size: str
     layers: tuple[BlockReport, ...]
     unmatched: dict[str, list[str]]
     model_parameters: int
@@ -102,7 +104,7 @@ class BottleneckReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.model}: {len(self.layers)} blocks adapted, {self.source} -> {self.sink},"
+            f"{self.model}: {len(self.layers)} blocks adapted, {self.source} -> {self.sink}, {self.size},"
             f" {self.parameters:,} parameters, {100 * self.parameters / self.model_parameters:.3g} % of the model's"
         ]
         width = max((len(each.name) for each in self.layers), default=0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor
 
 
 def autocasts(x: Tensor) -> bool:
@@ -46,6 +47,20 @@ def flat_tokens(tensor: Tensor) -> Tensor:
 def any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
     """Whether any of the tensors that are there asks for a gradient."""
     return any(each is not None and each.requires_grad for each in tensors)
+
+
+def runs_directly(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call needs no autograd.Function around its raw op: nothing is differentiated, in any mode.
+
+    torch.func's transforms of the tensors go through the Function with gradients off too, which raises for the
+    forward mode; the raw op alone would give it a derivative of 0.
+    """
+    if torch.compiler.is_compiling():
+        # Where nothing has a gradient Dynamo hands ctx to a Function's forward, although it has a setup_context.
+        return not torch.is_grad_enabled() or not any_requires_grad(tensors)
+    return not torch.is_grad_enabled() and not any(
+        each is not None and is_gradtrackingtensor(each) for each in tensors
+    )
 
 
 def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -92,7 +92,7 @@ def make_request(
             if _takes(table, axis):
                 _replace(table, axis, values)
     chosen = study.get("seeds", list(SEEDS)) if seeds is None else _numbers("seeds", seeds, int)
-    if smoke:
+    if smoke and seeds is None:
         chosen = chosen[:1]
     options = dict(_setting(each) for each in settings)
     return Request(

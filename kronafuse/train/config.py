@@ -71,7 +71,10 @@ class TrainConfig(LoopSettings):
     width: int | None = option("bottleneck: hidden width, 60 if absent", None, least=1)
     budget: float | None = option("bottleneck: percent of the model's parameters, instead of a width", None)
     activation: str | None = option("bottleneck: identity, relu, sigmoid, silu or gelu, relu if absent", None)
-    form: str | None = option("bottleneck: dense, compacter, krona or krona_res, dense if absent", None)
+    form: str | None = option(
+        "bottleneck: dense, compacter, or from ff_in to block_out krona or krona_res; dense if absent",
+        None,
+    )
     terms: int | None = option(
         "bottleneck: Kronecker products that its compacter form sums, 4 if absent", None
     )

@@ -58,6 +58,7 @@ def train(config: TrainConfig) -> Path:
     base.to(accelerator.device)
     torch.manual_seed(config.seed)
     attachment = attach(base.unet, spec)
+    accelerator.print(str(attachment.report).splitlines()[0])
     if config.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     trainer = Trainer(base, list(attachment.parameters()), examples, config, accelerator)

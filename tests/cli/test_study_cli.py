@@ -164,3 +164,9 @@ def test_without_a_library_names_the_extra(
     assert result.stderr == (
         f"kronafuse: kronafuse.{part}: needs {absent}; install with: pip install kronafuse[{extra}]\n"
     )
+
+
+def test_help_keeps_what_looks_like_markup() -> None:
+    assert "the tables settings and adapters" in " ".join(
+        invoke("sweep", "--help").stdout.replace("│", " ").split()
+    )

@@ -363,7 +363,7 @@ def test_meta_model_and_report():
     count = 3 * (2 * 32 * 12 + 12 + 32) + (2 * 64 * 12 + 12 + 64)
     assert attachment.report.parameters == count
     text = str(attachment.report)
-    assert f"4 blocks adapted, attn2_out -> ff_in, {count:,} parameters" in text
+    assert f"4 blocks adapted, attn2_out -> ff_in, width 12, {count:,} parameters" in text
     assert "down_blocks.0.attentions.0.transformer_blocks.0" in text
     assert "32 -> 12 relu -> 32, 812 parameters" in text
     assert f"4 blocks, {count:,} parameters" in repr(attachment)

@@ -337,7 +337,7 @@ def test_runs_that_are_not_finished_are_missing() -> None:
     assert "attn1_in-attn1_in-0 bottleneck attn1_in -> attn1_in scale=1 seed=0 (pending)" in str(caught.value)
     assert "(failed)" in str(caught.value)
     assert len(design_of(table, allow_missing=True).data) == 38
-    with pytest.raises(ValueError, match=r"none of the 40 rows has a score"):
+    with pytest.raises(ValueError, match=r"none of the 40 runs has finished \(40 failed\)"):
         design_of(table.assign(status="failed"), allow_missing=True)
 
 
@@ -557,3 +557,31 @@ def test_interactions_are_what_least_squares_says(tmp_path: Path, missing: bool)
     main = next(each for each in two.terms if each.factor == "activation")
     np.testing.assert_allclose(main.ss, alone - apart, rtol=1e-8)
     assert "| activation × scale |" in (tmp_path / "out" / "anova.md").read_text()
+
+
+def families(folder: Path) -> Path:
+    """Bottlenecks of two activations beside KronA, whose start is called otherwise; three seeds."""
+    random = np.random.default_rng(3)
+    rows = [
+        {"id": f"{family}{value}{seed}", "family": family, "init": init, "activation": activation, "scale": value,
+         "seed": seed, "score": value + random.standard_normal()}
+        for family, init, activation in (("bottleneck", "zero_up", "relu"), ("krona", "diffusekrona", ""))
+        for value in (0.5, 1.0)
+        for seed in range(3)
+    ]  # fmt: skip
+    return saved(pd.DataFrame(rows), folder)
+
+
+def test_families_need_not_take_the_levels_of_each_other(tmp_path: Path) -> None:
+    analysis = analyse(families(tmp_path), tmp_path / "out", response="score")
+    assert analysis.design.missing == ()
+    assert list(analysis.design.factors) == ["family", "scale"]
+    assert analysis.design.left_out["init"] == "decided by family"
+
+
+def test_a_sweep_of_which_nothing_has_finished(tmp_path: Path) -> None:
+    table = positions().assign(status="pending", score=np.nan)
+    with pytest.raises(
+        ValueError, match=r"none of the 40 runs has finished \(40 pending\); the same kronafuse sweep"
+    ):
+        analyse(saved(table, tmp_path), tmp_path / "out", response="score")

@@ -322,3 +322,10 @@ def test_axes_that_a_form_does_not_have_are_at_their_default() -> None:
         "bottleneck attn2_out -> ff_in relu compacter terms=4 scale=1 width=8 init=zero_up seed=0",
     ]
     assert "relu" not in describe(alone)
+
+
+def test_smoke_takes_one_seed_unless_told() -> None:
+    assert {each["seed"] for each in make_request({}, smoke=True, job=None, seeds=None, families=None, axes={},
+            settings=[]).grid.configs} == {0}  # fmt: skip
+    told = make_request({}, smoke=True, job=None, seeds="5,6", families="lora", axes={}, settings=[])
+    assert {each["seed"] for each in told.grid.configs} == {5, 6}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from ..calls import any_requires_grad, autocasts, compute_dtype, distinct, scale_dtype
+from ..calls import any_requires_grad, autocasts, compute_dtype, distinct, runs_directly, scale_dtype
 from .autograd import Bottleneck
 from .raw import OP, Options, bottleneck_forward
 
@@ -59,8 +59,7 @@ def bottleneck(
     number = 1.0 if isinstance(scale, Tensor) else float(scale)
     options = Options(number, activation, compute_dtype(x), residual_is_x, impl)
     tensors = [x, residual, down, up, down_bias, up_bias, scale_tensor]
-    if not torch.is_grad_enabled() or (compiling and not any_requires_grad(tensors)):
-        # Where nothing has a gradient Dynamo hands ctx to a Function's forward, although it has a setup_context.
+    if runs_directly(tensors):
         return bottleneck_forward(*tensors, *options, False)[0]
     keep = any_requires_grad((x, down, up, down_bias, scale_tensor))
     return Bottleneck.apply(options, keep, *(distinct(tensors) if compiling else tensors))[0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from ..calls import any_requires_grad, autocasts, distinct, scale_dtype
+from ..calls import autocasts, distinct, runs_directly, scale_dtype
 from .autograd import KronGroup
 from .raw import Layout, kron_forward
 from .terms import FrozenLinear, KronTerm, check_records
@@ -114,8 +114,7 @@ def _apply(op: str, x: Tensor, layers: Sequence[FrozenLinear], impl: str) -> lis
             shuffled.append(is_shuffled)
     layout = Layout(op, impl, tuple(counts), tuple(scales), tuple(shuffled))
     tensors = [x, *layer_tensors, *term_tensors]
-    if not torch.is_grad_enabled() or (compiling and not any_requires_grad(tensors)):
-        # Where nothing has a gradient Dynamo hands ctx to a Function's forward, although it has a setup_context.
+    if runs_directly(tensors):
         return kron_forward(x, layer_tensors, term_tensors, *layout)[: len(counts)]
     return list(KronGroup.apply(layout, *(distinct(tensors) if compiling else tensors))[: len(counts)])
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import backends, checks
 from .. import triton_reasons
+from ..calls import runs_directly
 from . import eager
 from .eager import dense_factors, kron_blocks, wide_dtype
 
@@ -79,7 +80,7 @@ def kron_merge(
     if not isinstance(scale, Tensor):
         scale = weight.new_ones((), dtype=wide_dtype(weight)) * scale
     tensors = (weight, a, b, b_down, scale)
-    if not (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)):
+    if runs_directly(tensors):
         return _kron_merge(*tensors, shuffled)
     return _KronMerge.apply(*tensors, shuffled)
 

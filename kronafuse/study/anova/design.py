@@ -12,6 +12,7 @@ import pandas as pd
 from ...nn.positions import PAIRS
 from .table import (
     FACTORS,
+    FAMILY,
     PAIR,
     SEED,
     STATUS,
@@ -72,12 +73,18 @@ def make_design(
     Raises ValueError for a response or factors that do not exist, for two runs of one configuration and seed,
     for missing runs and cells unless allowed, for fewer than two levels and for a response that does not vary.
     """
+    waiting = unfinished(table).to_numpy()
+    if len(table) and waiting.all():
+        states = table[STATUS].map(level).replace("", "no status").value_counts()
+        raise ValueError(
+            f"anova: none of the {len(table)} runs has finished"
+            f" ({', '.join(f'{count} {name}' for name, count in states.items())}); the same kronafuse sweep goes on"
+        )
     check_response(table, response)
     chosen, left_out = _factors(table, factors)
     configurations = _configurations(table, chosen)
     _check_single(table, configurations)
     values = table[response].to_numpy(float, na_value=np.nan)
-    waiting = unfinished(table).to_numpy()
     there = np.isfinite(values) & ~waiting
     missing = [
         row_name(row) + (f" ({level(row[STATUS]) or 'no status'})" if late else "")
@@ -140,9 +147,17 @@ def _factors(table: pd.DataFrame, asked: Sequence[str] | None) -> tuple[list[str
             continue
         if empty:
             left_out[name] = f"no level in {empty} of {len(table)} rows"
+        elif asked is None and FAMILY in chosen and _decided_by_family(table, name):
+            left_out[name] = f"decided by {FAMILY}"
         else:
             chosen.append(name)
     return chosen, left_out
+
+
+def _decided_by_family(table: pd.DataFrame, name: str) -> bool:
+    """Whether a column has one level in each of several families, and not the same in all."""
+    levels = table[name].map(level).groupby(table[FAMILY].map(level)).nunique()
+    return len(levels) > 1 and levels.max() == 1 and table[name].map(level).nunique() > 1
 
 
 def _configurations(table: pd.DataFrame, factors: Sequence[str]) -> pd.Series:
@@ -172,12 +187,26 @@ def _missing_cells(table: pd.DataFrame, factors: Sequence[str], conditions: Sequ
     if not names:
         return []
     present = set(zip(*(table[name].map(level) for name in names), strict=True))
+    taken = _taken_by_family(table, names)
     missing = []
     for combination in itertools.product(*(levels[name] for name in names)):
         cell = dict(zip(names, combination, strict=True))
-        if combination not in present and _possible(cell, conditions):
+        fits = not taken or all((cell[FAMILY], name, value) in taken for name, value in cell.items())
+        if combination not in present and fits and _possible(cell, conditions):
             missing.append(f"{_cell_name(cell)} (no runs)")
     return missing
+
+
+def _taken_by_family(table: pd.DataFrame, names: Sequence[str]) -> set[tuple[str, str, str]]:
+    """(family, factor, level) of what some run has: a family need not take the levels of another."""
+    if FAMILY not in names:
+        return set()
+    families = table[FAMILY].map(level)
+    return {
+        (family, name, each)
+        for name in names
+        for family, each in zip(families, table[name].map(level), strict=True)
+    }
 
 
 def _possible(cell: dict[str, str], conditions: Sequence[Condition]) -> bool:

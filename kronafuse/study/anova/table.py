@@ -14,7 +14,8 @@ from ...nn.positions import PAIRS, POSITIONS, SINKS, SOURCES
 from ..families import AXES, describe
 from ..runs import FINISHED
 
-FACTORS = ("family", *AXES)
+FAMILY = "family"
+FACTORS = (FAMILY, *AXES)
 """Columns that are factors of a design; the seed makes replicates."""
 
 SEED = "seed"
@@ -138,6 +139,7 @@ def check_response(table: pd.DataFrame, response: str) -> None:
         if pd.api.types.is_numeric_dtype(table[name])
         and not pd.api.types.is_bool_dtype(table[name])
         and name not in (*FACTORS, SEED)
+        and table[name].notna().any()
     ]
     if response not in numeric and response in table.columns and response not in (*FACTORS, SEED, PAIR):
         numbers = pd.Series(pd.to_numeric(table[response], errors="coerce"), table.index)
