@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kronafuse import KronA, LoKr, attach
+from kronafuse import Bottleneck, KronA, LoKr, attach
 from small_models import MODELS, PARTIAL, build, output, randomize
 
 pytestmark = pytest.mark.gpu
@@ -28,6 +28,40 @@ def test_adapted_equals_merged(name, spec):
     attachment.merge()
     merged = output(model, inputs).float()
     assert (merged - adapted.float()).abs().mean() < 0.3 * (merged - start).abs().mean()
+
+
+PAIRS = {
+    "sd15": [("attn2_out", "ff_in"), ("attn2_context", "attn2_context"), ("res_in", "res_out")],
+    "sdxl": [("ff_in", "ff_in"), ("attn1_in", "block_out")],
+    "dit": [("ff_in", "ff_in")],
+    "pixart": [("attn2_in", "attn2_in"), ("attn2_out", "ff_in")],
+}
+"""Own and other residuals, convolutions, and sums carried past a gate."""
+
+
+@pytest.mark.parametrize(
+    ("name", "pair"),
+    [(name, pair) for name, pairs in PAIRS.items() for pair in pairs],
+    ids=lambda each: each if isinstance(each, str) else "-".join(each),
+)
+def test_bottlenecks_add_what_they_add_in_float32(name, pair):
+    """The change of the outputs in bf16 on the GPU is that in fp32 on the CPU, and every tensor gets a gradient."""
+    changes = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        model, inputs = build(name)
+        model.to(device, dtype)
+        if device == "cuda":
+            inputs = {key: _on_gpu(key, value, dtype) for key, value in inputs.items()}
+        start = output(model, inputs).detach().float().cpu()
+        attachment = attach(model, Bottleneck(*pair, 8))
+        randomize(attachment)
+        adapted = output(model, inputs)
+        adapted.float().square().mean().backward()
+        assert all(torch.isfinite(each.grad).all() for each in attachment.parameters())
+        assert all(each.grad.abs().max() > 0 for each in attachment.parameters())
+        changes.append(adapted.detach().float().cpu() - start)
+    expected, found = changes
+    assert (found - expected).norm() < 0.15 * expected.norm()
 
 
 def _on_gpu(key: str, value: object, dtype: torch.dtype) -> object:
