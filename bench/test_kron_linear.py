@@ -1,97 +1,54 @@
-"""Forward and backward of one adapted layer on this CPU beside the frozen layer and the eager chain.
+"""Forward and backward of one adapted layer on this CPU beside the frozen layer, the eager chain and PEFT.
 
     pytest bench --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
 
 These are contributors' runs: compare the arms of one group, and only within one run. `ratio_to_frozen` in a saved run
-comes from turns of both arms in alternation and is what travels between machines.
+comes from turns of both arms in alternation and is what travels between machines. The arms are those of
+`kronafuse bench kron_linear`, which times all of them and more.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import replace
-
 import pytest
 import torch
-from kronafuse import FrozenLinear, kron_linear_group
+from kronafuse.bench.arms import ARMS
+from kronafuse.bench.arms.arm import Arm, step_of
+from kronafuse.bench.problems import Problem, Spec
+from kronafuse.bench.timing import interleave
 from kronafuse.testing.cases import CASES
-from kronafuse.testing.chain import eager_chain
-from kronafuse.testing.inputs import case_inputs
-from torch import Tensor
 
 TOKENS = 2048
 TURNS = 9
 ADAPTERS = ("krona_64x4", "krona_4x64", "lokr_f8", "lokr_square", "lokr_f8_r16", "lora_r16")
 DTYPES = (torch.float32, torch.bfloat16)
-ARMS: dict[str, Callable[[Tensor, FrozenLinear], Tensor]] = {
-    "frozen": lambda x, layer: torch.nn.functional.linear(x, layer.weight),
-    "chain": lambda x, layer: eager_chain(x, [layer])[0],
-    "eager": lambda x, layer: kron_linear_group(x, [layer], impl="eager")[0],
-}
+NAMES = {"frozen": "frozen", "chain": "einsum", "eager": "ours_eager", "peft": "peft_lokr"}
+"""Name in a saved run -> arm of the suite."""
+BY_NAME: dict[str, Arm] = {arm.name: arm for arm in ARMS["kron_linear"]}
 
 
-PEFT_OPTIONS = {
-    "lokr_f8": {"r": 10_000, "decompose_factor": 8},
-    "lokr_square": {"r": 10_000, "decompose_factor": -1},
-    "lokr_f8_r16": {"r": 16, "decompose_factor": 8},
-}
-"""What PEFT has: LoKr, as shipped (an adapter in float32 whatever the layer's dtype)."""
-
-
-def peft_step(adapter: str, dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
-    """The same step of PEFT's LoKr on a layer of the same size."""
-    peft = pytest.importorskip("peft")
+def problem_of(adapter: str, dtype: torch.dtype) -> Problem:
     case = CASES[f"sdxl_1280-{adapter}"]
-    model = torch.nn.Sequential()
-    model.add_module("layer", torch.nn.Linear(case.shape.k, case.shape.n, bias=False, dtype=dtype))
-    options = PEFT_OPTIONS[adapter]
-    config = peft.LoKrConfig(alpha=options["r"], target_modules=["layer"], init_weights="lycoris", **options)
-    model = peft.inject_adapter_in_model(config, model)
-    factors = [each for each in model.parameters() if each.requires_grad]
-    assert sum(each.numel() for each in factors) == case.shape.parameters
-    x = torch.randn(TOKENS, case.shape.k).to(dtype).requires_grad_()
-    dy = torch.randn(TOKENS, case.shape.n).to(dtype)
-    return lambda: torch.autograd.grad(model(x), [x, *factors], dy)
+    spec = Spec("kron_linear", case, 1, TOKENS, dtype, "forward_backward", torch.device("cpu"), dtype)
+    return spec.make()
 
 
-def training_step(arm: str, adapter: str, dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
-    """Forward, dx and the gradients of all factors, on random data."""
-    if arm == "peft":
-        return peft_step(adapter, dtype)
-    case = replace(CASES[f"sdxl_1280-{adapter}"], tokens=TOKENS)
-    x, layer = case_inputs(case, dtype, bias=False)
-    (term,) = layer.terms
-    factors = [each.requires_grad_() for each in (term.a, term.b, term.b_down) if each is not None]
-    leaves = [x.requires_grad_()] if arm == "frozen" else [x.requires_grad_(), *factors]
-    dy = torch.randn(TOKENS, case.shape.n).to(dtype)
-    return lambda: torch.autograd.grad(ARMS[arm](x, layer), leaves, dy)
-
-
-def ratio(step: Callable[[], object], other: Callable[[], object]) -> float:
-    """Median time of one over the other's, in alternation."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(TURNS):
-        for call, spent in zip((step, other), seconds, strict=True):
-            started = time.perf_counter()
-            call()
-            spent.append(time.perf_counter() - started)
-    return statistics.median(seconds[0]) / statistics.median(seconds[1])
-
-
-@pytest.mark.parametrize("arm", [*ARMS, "peft"])
+@pytest.mark.parametrize("arm", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda each: str(each).removeprefix("torch."))
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_forward_and_backward(benchmark, adapter, dtype, arm):
-    if arm == "peft" and adapter not in PEFT_OPTIONS:
+    if arm == "peft" and not adapter.startswith("lokr"):
         pytest.skip("PEFT has no KronA; LoKr alone is compared")
-    step = training_step(arm, adapter, dtype)
+    problem, chosen = problem_of(adapter, dtype), BY_NAME[NAMES[arm]]
+    reasons = chosen.reasons(problem.spec)
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    step = step_of(chosen.build(problem), problem)
     name = str(dtype).removeprefix("torch.")
     benchmark.group = f"sdxl_1280-{adapter}-{name}, {TOKENS} tokens, forward + backward"
     grads = benchmark.pedantic(step, rounds=TURNS, warmup_rounds=2)
     if arm != "frozen":
-        benchmark.extra_info["ratio_to_frozen"] = round(
-            ratio(step, training_step("frozen", adapter, dtype)), 3
-        )
+        frozen = step_of(BY_NAME["frozen"].build(problem), problem)
+        times = interleave({"arm": step, "frozen": frozen}, 0.0, least_rounds=TURNS)
+        ratio = times["arm"].median / times["frozen"].median
+        benchmark.extra_info["ratio_to_frozen"] = round(ratio, 3)
     assert all(torch.isfinite(grad).all() for grad in grads)

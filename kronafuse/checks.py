@@ -19,6 +19,7 @@ ACTIVATIONS = ("identity", "relu", "sigmoid", "silu", "gelu")
 """Between a bottleneck's two layers; gelu is the exact one, by erf."""
 MAX_WIDTH = 256
 """Largest hidden width H of a bottleneck."""
+_Named = Sequence[tuple[str, Tensor | None]]
 
 
 def check_tensor(op: str, name: str, value: object, *, optional: bool = False) -> None:
@@ -52,16 +53,30 @@ def check_same_device(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be on x's device {x.device}; got {tensor.device}")
 
 
+def _check_whole(op: str, x: Tensor, dtype: torch.dtype, device: torch.device, named: _Named) -> None:
+    """Raises unless the tensors have x's dtype and device."""
+    for name, tensor in named:
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+            check_dtype(op, name, tensor)
+            check_same_dtype(op, name, tensor, x)
+            check_same_device(op, name, tensor, x)
+
+
+def _check_parts(op: str, x: Tensor, device: torch.device, named: _Named) -> None:
+    """Raises unless the tensors are floating and on x's device."""
+    for name, tensor in named:
+        if tensor is not None and (tensor.dtype not in FLOATING or tensor.device != device):
+            check_dtype(op, name, tensor)
+            check_same_device(op, name, tensor, x)
+
+
 def check_factors(op: str, a: Tensor | None, b: Tensor, b_down: Tensor | None) -> None:
     """Raises ValueError unless the factors are matrices of at least 1×1 whose ranks agree."""
-    for name, rule, factor in (
-        ("a", "(N1, K1)", a),
-        ("b", "(N2, K2)" if b_down is None else "(N2, R)", b),
-        ("b_down", "(R, K2)", b_down),
-    ):
+    for name, factor in (("a", a), ("b", b), ("b_down", b_down)):
         if factor is not None and (factor.dim() != 2 or 0 in factor.shape):
+            rules = {"a": "(N1, K1)", "b": "(N2, K2)" if b_down is None else "(N2, R)", "b_down": "(R, K2)"}
             raise ValueError(
-                f"{op}: {name} must be {rule} with sizes of at least 1; got {shape_text(factor)}"
+                f"{op}: {name} must be {rules[name]} with sizes of at least 1; got {shape_text(factor)}"
             )
     if b_down is not None and b.shape[1] != b_down.shape[0]:
         raise ValueError(
@@ -94,33 +109,31 @@ def out_features(op: str, x: Tensor, layer: FrozenLinear) -> int:
                 f"got x {shape_text(x)}, weight {shape_text(layer.weight)}"
             )
         features = layer.weight.shape[0]
-    for index, term in enumerate(layer.terms):
+    for index, (a, b, b_down, *_) in enumerate(layer.terms):
         where = op if len(layer.terms) == 1 else f"{op}: term {index}"
-        check_factors(where, term.a, term.b, term.b_down)
-        shape = KronShape.of(term.a, term.b, term.b_down)
-        if x.shape[-1] != shape.k:
+        check_factors(where, a, b, b_down)
+        n1, k1 = (1, 1) if a is None else map(int, a.shape)
+        n2, k2 = int(b.shape[0]), int((b if b_down is None else b_down).shape[1])
+        if x.shape[-1] != k1 * k2:
             raise ValueError(
-                f"{where}: x must end in K = K1·K2 = {shape.k1}·{shape.k2} = {shape.k}; "
-                f"got x {shape_text(x)}, {_factors_text(term)}"
+                f"{where}: x must end in K = K1·K2 = {k1}·{k2} = {k1 * k2}; "
+                f"got x {shape_text(x)}, {_factors_text(layer.terms[index])}"
             )
-        if features is not None and features != shape.n:
+        if features is not None and features != n1 * n2:
             raise ValueError(
-                f"{where}: N1·N2 = {shape.n1}·{shape.n2} = {shape.n} must be the layer's N = {features}; "
-                f"got {_factors_text(term)}"
+                f"{where}: N1·N2 = {n1}·{n2} = {n1 * n2} must be the layer's N = {features}; "
+                f"got {_factors_text(layer.terms[index])}"
             )
-        features = shape.n
+        features = n1 * n2
     if features is None:
         raise ValueError(f"{op}: a layer needs a weight or at least one term; got neither")
     return features
 
 
 def _check_layer(op: str, x: Tensor, layer: FrozenLinear, features: int) -> None:
+    dtype, device = x.dtype, x.device
     whole = (("weight", layer.weight), ("bias", layer.bias), ("base", layer.base))
-    for name, tensor in whole:
-        if tensor is not None:
-            check_dtype(op, name, tensor)
-            check_same_dtype(op, name, tensor, x)
-            check_same_device(op, name, tensor, x)
+    _check_whole(op, x, dtype, device, whole)
     if layer.bias is not None and tuple(layer.bias.shape) != (features,):
         raise ValueError(f"{op}: bias must be (N,) = ({features},); got {shape_text(layer.bias)}")
     if layer.base is not None and layer.base.shape != (*x.shape[:-1], features):
@@ -130,10 +143,7 @@ def _check_layer(op: str, x: Tensor, layer: FrozenLinear, features: int) -> None
         )
     for term in layer.terms:
         parts = (("a", term.a), ("b", term.b), ("b_down", term.b_down), ("row_scale", term.row_scale))
-        for name, tensor in parts:
-            if tensor is not None:
-                check_dtype(op, name, tensor)
-                check_same_device(op, name, tensor, x)
+        _check_parts(op, x, device, parts)
         if term.row_scale is not None and tuple(term.row_scale.shape) != (features,):
             raise ValueError(
                 f"{op}: row_scale must be (N,) = ({features},); got {shape_text(term.row_scale)}"
@@ -143,6 +153,8 @@ def _check_layer(op: str, x: Tensor, layer: FrozenLinear, features: int) -> None
 
 def check_scale(op: str, scale: object, x: Tensor) -> None:
     """Raises unless the scale is a real number or a floating 0-d tensor on x's device."""
+    if type(scale) is float:
+        return
     if isinstance(scale, Tensor):
         check_dtype(op, "scale", scale)
         check_same_device(op, "scale", scale, x)
@@ -225,11 +237,14 @@ def check_bottleneck(
             f"{op}: residual must be (..., N) = {expected}, as x {shape_text(x)} and up {shape_text(up)} say; "
             f"got {shape_text(residual)}"
         )
-    others = {"residual": residual, "down": down, "up": up, "down_bias": down_bias, "up_bias": up_bias}
-    for name, tensor in others.items():
-        if tensor is not None:
-            check_dtype(op, name, tensor)
-            check_same_device(op, name, tensor, x)
+    others = (
+        ("residual", residual),
+        ("down", down),
+        ("up", up),
+        ("down_bias", down_bias),
+        ("up_bias", up_bias),
+    )
+    _check_parts(op, x, x.device, others)
 
 
 def shape_text(tensor: Tensor) -> str:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_gradtrackingtensor
+from torch._C._functorch import is_gradtrackingtensor, is_legacy_batchedtensor
+
+_NOTHING = nullcontext()
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for x's device and casts x's dtype."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     kind = x.device.type
     eligible = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
     return eligible and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -27,11 +32,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast off inside a kernel: the public function has fixed the compute dtype."""
-    return (
-        torch.autocast(device_type, enabled=False)
-        if torch.is_autocast_enabled(device_type)
-        else nullcontext()
-    )
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return _NOTHING
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`; itself where it has it, without the call into torch that `Tensor.to` is."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def scale_dtype(x: Tensor) -> torch.dtype:
@@ -42,6 +50,13 @@ def scale_dtype(x: Tensor) -> torch.dtype:
 def flat_tokens(tensor: Tensor) -> Tensor:
     """(..., K) as (M, K); a view wherever the leading dimensions have one stride."""
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def unflat_tokens(y: Tensor, tokens: Sequence[int]) -> Tensor:
+    """(M, N), which nothing else refers to, as (*tokens, N)."""
+    # No view to autograd, which forbids changing in place, as y += 1, what a Function returns as one.
+    with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+        return y.view(*tokens, y.shape[-1])
 
 
 def any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
@@ -61,6 +76,44 @@ def runs_directly(tensors: Sequence[Tensor | None]) -> bool:
     return not torch.is_grad_enabled() and not any(
         each is not None and is_gradtrackingtensor(each) for each in tensors
     )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+
+
+def is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing could tell a registered op's kernel from the op: then the dispatcher may be left out.
+
+    The op is called under torch.compile, export, a tracer, a transform of torch.func, a dispatch or function mode or
+    the profiler, and for subclasses of tensors, meta tensors and those of a batched backward.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforms_active()
+        or _tracing_state()
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return False
+    for each in tensors:
+        if each is not None and (type(each) not in _PLAIN or each.is_meta or is_legacy_batchedtensor(each)):
+            return False
+    return True
+
+
+def run_op(
+    op: Callable[..., Any], kernel: Callable[..., Any], tensors: Sequence[Tensor | None], *rest: Any
+) -> Any:
+    """op(*rest), past the dispatcher where nothing but the time differs; `tensors` are those in `rest`."""
+    if not is_unobserved(tensors):
+        return op(*rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        return kernel(*rest)
 
 
 def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -14,10 +14,11 @@ import torch
 
 @dataclass(frozen=True)
 class Architecture:
-    """Compute capability as 90 for sm_90, and the number of multiprocessors."""
+    """Compute capability as 90 for sm_90, the number of multiprocessors, and the GPU's name where there is one."""
 
     capability: int
     multiprocessors: int
+    name: str = ""
 
 
 INTERPRETER = Architecture(80, 1)
@@ -74,7 +75,8 @@ def _cuda_architecture(index: int) -> Architecture:
     if torch.version.hip is not None:
         # Untested: the tiles with the least shared memory, and pointers.
         return Architecture(86, properties.multi_processor_count)
-    return Architecture(10 * properties.major + properties.minor, properties.multi_processor_count)
+    capability = 10 * properties.major + properties.minor
+    return Architecture(capability, properties.multi_processor_count, properties.name)
 
 
 OPTIONS = {"enable_fp_fusion": True}
@@ -90,12 +92,25 @@ def launch(
     warps: int,
     stages: int,
 ) -> None:
-    """Runs `programs` programs of the kernel, in one grid dimension: the others end at 65,535."""
+    """Runs `programs` programs of the kernel, in one grid dimension: the others end at 65,535.
+
+    Arguments, then constants, are quickest in the order of the kernel's parameters.
+    """
     recorder = _recorder.get()
     if recorder is not None:
         recorder.launches.append(Launch(kernel, programs, arguments, constants, warps, stages))
-    elif device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        return
+    values = positional(kernel, arguments, constants)
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         with torch.cuda.device(device):
-            kernel[(programs,)](**arguments, **constants, num_warps=warps, num_stages=stages, **OPTIONS)
+            kernel[(programs,)](*values, num_warps=warps, num_stages=stages, **OPTIONS)
     else:
-        kernel[(programs,)](**arguments, **constants, num_warps=warps, num_stages=stages, **OPTIONS)
+        kernel[(programs,)](*values, num_warps=warps, num_stages=stages, **OPTIONS)
+
+
+def positional(kernel: Any, arguments: Mapping[str, Any], constants: Mapping[str, Any]) -> list[Any]:
+    """The values in the order of the kernel's parameters: Triton binds 44 names in 13 µs, as many positions in 8."""
+    if [*arguments, *constants] == kernel.arg_names:
+        return [*arguments.values(), *constants.values()]
+    named = {**arguments, **constants}
+    return [named[name] for name in kernel.arg_names]

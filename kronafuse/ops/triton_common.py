@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -52,8 +55,49 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
+@cache
+def _slot_names(pattern: str, count: int) -> tuple[str, ...]:
+    return tuple(pattern.format(slot) for slot in range(count))
+
+
+def slot_arguments(
+    pattern: str, values: Sequence[object], count: int, absent: object = None
+) -> dict[str, object]:
+    """Arguments "p0_ptr", "p1_ptr" … of the pattern "p{}_ptr": the values, then `absent` up to `count` of them."""
+    return dict(zip(_slot_names(pattern, count), [*values, *[absent] * (count - len(values))], strict=True))
+
+
+def slot_scales(scales: Sequence[float | torch.Tensor], count: int) -> dict[str, object]:
+    """`scale_arguments` of every slot: "scale0" …, then "scale0_ptr" …"""
+    tensors = [isinstance(scale, torch.Tensor) for scale in scales]
+    numbers = [1.0 if held else float(scale) for scale, held in zip(scales, tensors, strict=True)]
+    pointers = [scale if held else None for scale, held in zip(scales, tensors, strict=True)]
+    return slot_arguments("scale{}", numbers, count, 0.0) | slot_arguments("scale{}_ptr", pointers, count)
+
+
 def scale_arguments(scale: float | torch.Tensor) -> dict[str, float | torch.Tensor | None]:
     """`scale` and `scale_ptr` of a kernel: a number at run time, or a tensor that only the kernel reads."""
     if isinstance(scale, torch.Tensor):
         return {"scale": 1.0, "scale_ptr": scale}
     return {"scale": float(scale), "scale_ptr": None}
+
+
+def row_runs(view: torch.Tensor) -> tuple[bool, int]:
+    """Of (M, G, F): whether rows, not features, are neighbours in memory, and their `aligned_run`."""
+    stride_m, stride_g, stride_f = view.stride()
+    if stride_f == 1 or stride_g != 1:
+        return False, aligned_run(stride_f, view.shape[2], stride_m, stride_g)
+    return True, aligned_run(1, view.shape[1], stride_m, stride_f)
+
+
+def aligned_run(stride: int, length: int, *others: int) -> int:
+    """Elements that are always neighbours and begin at a multiple of their number, 8 at most: what one load may take.
+
+    stride: between the elements, `length` of them in a row; others: strides of everything else in the address
+    """
+    if stride != 1:
+        return 1
+    run = 8
+    while any(each % run for each in (length, *others)):
+        run //= 2
+    return run

@@ -1,14 +1,16 @@
 """Compiles the Triton kernels ahead of time for every supported architecture, without a GPU, and reads what they use.
 
-    python -m kronafuse.testing.aot [--all] [--architectures 80 90] [--kernels linear] [--json] [--workers 2]
+    python -m kronafuse.testing.aot [--record | --all] [--architectures 80 90] [--kernels linear] [--output DIR]
 
 What is compiled is what the launchers launch: they run on meta tensors and are recorded. TRITON_INTERPRET must be
-unset: under it there is no compiler.
+unset: under it there is no compiler. Beside what a kernel uses stands the time that `ops/costs.py` predicts for it,
+which is no measurement.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import multiprocessing
 import re
@@ -27,9 +29,11 @@ import torch
 from torch import Tensor
 
 from ..env import triton_interprets
-from ..ops.kron_linear import tuning
+from ..formats.atomic import written_beside
+from ..ops.costs import shared_limit
 from ..ops.launch import OPTIONS, Architecture, Launch, recording
-from .aot_problems import ARCHITECTURES, DTYPES, problems
+from .aot_problems import ARCHITECTURES, DTYPES, Extent, problems
+from .launch_costs import launch_us
 
 INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
@@ -49,7 +53,11 @@ where registers run out, hundreds of bytes spill."""
 
 @dataclass(frozen=True)
 class Record:
-    """One compiled kernel: registers and spilled bytes a thread, shared memory a program, instructions by name."""
+    """One compiled kernel: registers and spilled bytes a thread, shared memory a program, instructions by name.
+
+    stack:        bytes a thread that the compiled code sets aside, spilled ones among them
+    predicted_us: of its launch in this problem, by the cost model
+    """
 
     kernel: str
     problem: str
@@ -64,13 +72,15 @@ class Record:
     instructions: dict[str, int]
     seconds: float
     triton: str
+    stack: int = 0
+    predicted_us: float = 0.0
 
     def problems(self) -> list[str]:
         """What keeps this kernel from being shipped; empty where nothing does."""
         found = []
         if self.spilled > TOLERATED_SPILL:
             found.append(f"registers spill {self.spilled} bytes a thread")
-        limit = tuning.shared_limit(self.architecture)
+        limit = shared_limit(self.architecture)
         if self.shared > limit:
             found.append(f"{self.shared} bytes of shared memory, sm_{self.architecture} has {limit}")
         if self.instructions["atomic"]:
@@ -78,10 +88,10 @@ class Record:
         return found
 
 
-def launches(architecture: Architecture, dtype: torch.dtype, *, everything: bool) -> list[tuple[str, Launch]]:
+def launches(architecture: Architecture, dtype: torch.dtype, extent: Extent) -> list[tuple[str, Launch]]:
     """(problem, launch) of every kernel to compile, each specialisation once."""
     found: dict[str, tuple[str, Launch]] = {}
-    for name, run in problems(architecture, dtype, everything=everything):
+    for name, run in problems(architecture, dtype, extent):
         with recording(architecture) as recorded:
             run()
         for launch in recorded:
@@ -117,7 +127,7 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], d
 
 
 def compile_launch(problem: str, launch: Launch, dtype: str, architecture: int) -> Record:
-    """Compiles one recorded launch for sm_`architecture` and reads its resources."""
+    """Compiles one recorded launch for sm_`architecture`, reads its resources and predicts its time."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -132,7 +142,7 @@ def compile_launch(problem: str, launch: Launch, dtype: str, architecture: int) 
     )
     seconds = time.perf_counter() - started
     ptx = compiled.asm["ptx"]
-    registers, spilled = resource_usage(compiled.asm["cubin"], ptx)
+    registers, stack, spilled = resource_usage(compiled.asm["cubin"], ptx)
     return Record(
         launch.kernel.__name__.strip("_").removesuffix("_kernel"),
         problem,
@@ -147,11 +157,13 @@ def compile_launch(problem: str, launch: Launch, dtype: str, architecture: int) 
         {name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()},
         round(seconds, 2),
         triton.__version__,
+        stack,
+        round(launch_us(Architecture(architecture, ARCHITECTURES[architecture]), launch), 2),
     )
 
 
-def resource_usage(cubin: bytes, ptx: str) -> tuple[int, int]:
-    """(registers, spilled bytes) a thread, from cuobjdump; a stack may hold other things, so there ptxas is asked."""
+def resource_usage(cubin: bytes, ptx: str) -> tuple[int, int, int]:
+    """(registers, stack, spilled bytes) a thread, from cuobjdump; a stack may hold other things: ptxas is asked."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +174,7 @@ def resource_usage(cubin: bytes, ptx: str) -> tuple[int, int]:
         if len(usage) != 1:
             raise RuntimeError(f"cuobjdump: expected one kernel's resource usage; got {text!r}")
         registers, stack = (int(number) for number in usage[0])
-        return registers, spilled_bytes(ptx, folder) if stack else 0
+        return registers, stack, spilled_bytes(ptx, folder) if stack else 0
 
 
 def spilled_bytes(ptx: str, folder: str) -> int:
@@ -195,13 +207,13 @@ def tool_output(*command: str | Path) -> str:
     return done.stdout
 
 
-def compile_all(task: tuple[int, str], *, everything: bool, kernels: Sequence[str] = ()) -> list[Record]:
+def compile_all(task: tuple[int, str], *, extent: Extent, kernels: Sequence[str] = ()) -> list[Record]:
     """Records of every kernel for one (architecture, dtype); `kernels` limits them to these names."""
     capability, dtype = task
     architecture = Architecture(capability, ARCHITECTURES[capability])
     return [
         compile_launch(problem, launch, dtype, capability)
-        for problem, launch in launches(architecture, DTYPES[dtype], everything=everything)
+        for problem, launch in launches(architecture, DTYPES[dtype], extent)
         if not kernels or any(name in launch.kernel.__name__ for name in kernels)
     ]
 
@@ -213,27 +225,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--all", action="store_true", help="every shipped tile, odd sizes, and fp16 and fp32 beside bf16"
     )
     parser.add_argument(
+        "--record", action="store_true", help="every shipped tile and the rules' choices, bf16"
+    )
+    parser.add_argument(
         "--architectures", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: bf16; with --all: all")
     parser.add_argument("--kernels", nargs="+", default=[], help="names, such as linear; default: every one")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--output", type=Path, help="folder of CSV files, one each architecture and dtype")
     options = parser.parse_args(arguments)
     if triton_interprets():
         parser.error("TRITON_INTERPRET is set: kernels defined under it cannot be compiled")
     dtypes = options.dtypes or (list(DTYPES) if options.all else ["bf16"])
     tasks = [(capability, dtype) for capability in options.architectures for dtype in dtypes]
-    compile_one = partial(compile_all, everything=options.all, kernels=options.kernels)
+    extent: Extent = "all" if options.all else "record" if options.record else "fast"
+    compile_one = partial(compile_all, extent=extent, kernels=options.kernels)
     records = []
     with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in pool.map(compile_one, tasks):
+        for (capability, dtype), done in zip(tasks, pool.map(compile_one, tasks), strict=True):
             records += done
+            if options.output is not None:
+                write_csv(csv_path(options.output, capability, dtype), done)
             if not options.json:
                 print(*map(line, done), sep="\n", flush=True)
     if options.json:
         print(json.dumps([asdict(record) for record in records]))
     return int(any(record.problems() for record in records))
+
+
+COLUMNS = (
+    "architecture", "kernel", "dtype", "problem", "configuration", "warps", "stages", "registers", "stack", "spilled",
+    "shared", "instructions", "predicted_us", "triton",
+)  # fmt: skip
+"""Of a CSV file: what of a record is the same at every compilation."""
+
+
+def csv_path(folder: Path, architecture: int, dtype: str) -> Path:
+    """The file of one architecture and dtype."""
+    return folder / f"sm_{architecture}-{dtype}.csv"
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The lines of one file, by column."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def row(record: Record) -> dict[Any, Any]:
+    """A record as a line of its CSV file."""
+    fields = {name: getattr(record, name) for name in COLUMNS if hasattr(record, name)}
+    constants = " ".join(f"{name}={_short(value)}" for name, value in record.constants.items())
+    counts = " ".join(f"{name}={count}" for name, count in record.instructions.items() if count)
+    return {**fields, "configuration": constants, "instructions": counts}
+
+
+def _short(value: Any) -> Any:
+    return int(value) if isinstance(value, bool) else value
+
+
+def _sortable(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:012}"
+
+
+def write_csv(path: Path, records: Sequence[Record]) -> None:
+    """The records in a fixed order, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = sorted(map(row, records), key=lambda each: [_sortable(each[name]) for name in COLUMNS])
+    with written_beside(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def line(record: Record) -> str:
@@ -242,7 +305,8 @@ def line(record: Record) -> str:
     return (
         f"sm_{record.architecture:<4}{record.kernel:<20}{record.dtype:<5}{record.problem:<34}"
         f"{record.registers:>4} registers {record.spilled:>5} spilled {record.shared:>7} shared  "
-        f"{record.seconds:>5} s  {instructions}  {'; '.join(record.problems())}"
+        f"{record.predicted_us:>7.1f} µs predicted  {record.seconds:>5} s  "
+        f"{instructions}  {'; '.join(record.problems())}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,35 +31,67 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+Make = Callable[..., Tensor]
+"""`torch.empty` or its like, with the device bound."""
+META: Make = partial(torch.empty, device="meta")
+
+
 def train_step(case: Case, dtype: torch.dtype, *, everything: bool = False) -> None:
     """Forward and backward of one adapted layer on meta tensors, all gradients but those of W and bias.
 
     everything: no W, but a base, three terms, tensor scales and row scales, whose gradients are asked for too
     """
+    prepare_train_step(case, dtype, META, everything=everything)()
+
+
+def prepare_train_step(
+    case: Case,
+    dtype: torch.dtype,
+    make: Make,
+    *,
+    everything: bool = False,
+    layers: int = 1,
+    factor_dtype: torch.dtype | None = None,
+) -> Callable[[], None]:
+    """`train_step` on tensors that `make` makes now, to be run any number of times.
+
+    layers:       adapted layers that share x
+    factor_dtype: of the adapter's parameters; None for `dtype`
+    """
     from ..ops.kron_linear import kernels
 
-    terms = tuple(_term(case, dtype, everything) for _ in range(3 if everything else 1))
     n, k, tokens = case.shape.n, case.shape.k, case.tokens
-    weight = None if everything else meta(n, k, dtype=dtype)
-    base = meta(tokens, n, dtype=dtype) if everything else None
-    layer = FrozenLinear(weight, terms, meta(n, dtype=dtype), base)
-    x, dy = meta(tokens, k, dtype=dtype), meta(tokens, n, dtype=dtype)
-    _, saved = forward(x, [layer], kernels)
-    needs = [True, False, False]
-    for term in terms:
-        needs += [term.a is not None, True, term.b_down is not None, everything, everything]
-    backward([dy], x, [layer], saved, needs, kernels)
+    factors = dtype if factor_dtype is None else factor_dtype
+
+    def layer() -> FrozenLinear:
+        terms = tuple(_term(case, factors, make, everything) for _ in range(3 if everything else 1))
+        weight = None if everything else make(n, k, dtype=dtype)
+        base = make(tokens, n, dtype=dtype) if everything else None
+        return FrozenLinear(weight, terms, make(n, dtype=dtype), base)
+
+    frozen = [layer() for _ in range(layers)]
+    x, dys = make(tokens, k, dtype=dtype), [make(tokens, n, dtype=dtype) for _ in frozen]
+    needs = [True, *(False for _ in range(2 * layers))]
+    for each in frozen:
+        for term in each.terms:
+            needs += [term.a is not None, True, term.b_down is not None, everything, everything]
+
+    def step() -> None:
+        _, saved = forward(x, frozen, kernels)
+        backward(dys, x, frozen, saved, needs, kernels)
+
+    return step
 
 
-def _term(case: Case, dtype: torch.dtype, everything: bool) -> KronTerm:
+def _term(case: Case, dtype: torch.dtype, make: Make, everything: bool) -> KronTerm:
     shape = case.shape
     return KronTerm(
-        meta(shape.n1, shape.k1, dtype=dtype) if case.has_a else None,
-        meta(shape.n2, shape.rank or shape.k2, dtype=dtype),
-        None if shape.rank is None else meta(shape.rank, shape.k2, dtype=dtype),
-        meta(dtype=torch.float32) if everything else 0.5,
+        make(shape.n1, shape.k1, dtype=dtype) if case.has_a else None,
+        make(shape.n2, shape.rank or shape.k2, dtype=dtype),
+        None if shape.rank is None else make(shape.rank, shape.k2, dtype=dtype),
+        make((), dtype=torch.float32) if everything else 0.5,
         case.shuffled,
-        meta(shape.n, dtype=dtype) if everything else None,
+        make(shape.n, dtype=dtype) if everything else None,
     )
 
 
@@ -66,7 +99,7 @@ def merge_weight(case: Case, dtype: torch.dtype) -> None:
     """The case's delta folded into its weight, on meta tensors."""
     from ..ops.kron_merge import kernels
 
-    term = _term(case, dtype, everything=False)
+    term = _term(case, dtype, META, everything=False)
     weight, scale = meta(case.shape.n, case.shape.k, dtype=dtype), meta(dtype=torch.float32)
     kernels.merge(weight, term.a, term.b, term.b_down, scale, case.shuffled)
 
@@ -76,30 +109,43 @@ def bottleneck_step(case: BottleneckCase, dtype: torch.dtype, *, everything: boo
 
     everything: a tensor scale whose gradient is asked for, and x and residual in fp32 as autocast leaves them
     """
+    prepare_bottleneck_step(case, dtype, META, everything=everything)()
+
+
+def prepare_bottleneck_step(
+    case: BottleneckCase, dtype: torch.dtype, make: Make, *, everything: bool = False
+) -> Callable[[], None]:
+    """`bottleneck_step` on tensors that `make` makes now, to be run any number of times."""
     from ..ops.bottleneck import kernels
 
     wide = torch.float32 if everything else dtype
-    x = meta(case.tokens, case.in_features, dtype=wide)
-    added = {"x": x, "other": meta(case.tokens, case.out_features, dtype=wide), "none": None}[case.residual]
+    x = make(case.tokens, case.in_features, dtype=wide)
+    other = make(case.tokens, case.out_features, dtype=wide) if case.residual == "other" else None
     call = Call(
         x,
-        added,
-        meta(case.width, case.in_features, dtype=dtype),
-        meta(case.out_features, case.width, dtype=dtype),
-        meta(case.width, dtype=dtype) if case.biases else None,
-        meta(case.out_features, dtype=dtype) if case.biases else None,
-        meta(dtype=torch.float32) if everything else 0.5,
+        x if case.residual == "x" else other,
+        make(case.width, case.in_features, dtype=dtype),
+        make(case.out_features, case.width, dtype=dtype),
+        make(case.width, dtype=dtype) if case.biases else None,
+        make(case.out_features, dtype=dtype) if case.biases else None,
+        make((), dtype=torch.float32) if everything else 0.5,
         case.activation,
         dtype,
         case.residual == "x",
     )
-    y, pre = kernels.forward(call, True)
-    kernels.backward(y, call, pre, Needs(True, True, True, case.biases, case.biases, everything))
+
+    def step() -> None:
+        y, pre = kernels.forward(call, True)
+        kernels.backward(y, call, pre, Needs(True, True, True, case.biases, case.biases, everything))
+
+    return step
 
 
 Problem = tuple[str, Callable[[], object]]
 FAST = (Case("krona_64x4", 4096, KronShape(64, 4, 20, 320)), Case("lokr_f8", 4096, KronShape(8, 8, 160, 160)))
 """Thin and fat: between them every kernel, every kind of tail but multiply-adds of B, and W in both layouts."""
+RECORDED_BOTTLENECKS = ("sdxl_640", "sd15_1280")
+"""Layers, many tokens and few, whose bottlenecks are recorded at every width."""
 FAST_BOTTLENECKS = ("sdxl_640-width_160", "sd15_1280-width_256")
 """A width in two parts, and the widest."""
 BATCH = 16
@@ -132,6 +178,7 @@ def tiles(architecture: Architecture, dtype: torch.dtype) -> Iterator[Problem]:
         tails.BLOCK_TAIL.value, wide, meta(n // 8, n // 8, dtype=dtype), sides, None, False
     )
     mix = tails.StructuredTail(tails.MIX_TAIL.value, wide, meta(8, 8, dtype=dtype), sides, None, False)
+    yield from one_pass_tiles(architecture, dtype)
     for name, dense_tails, structured in (("dense", [dense], None), ("block", [], block), ("mix", [], mix)):
         for tile in tuning.tiles_of(architecture, dtype, descriptors, accumulators_beside(structured, False)):
             config = tuning.LinearConfig(
@@ -142,6 +189,22 @@ def tiles(architecture: Architecture, dtype: torch.dtype) -> Iterator[Problem]:
                     f"tile-{tile.block_m}x{tile.block_n}x{tile.block_k}-{tile.warps}-{name}{layout}",
                     partial(linear_with_tails, x, w, None, None, n, dense_tails, structured, config),
                 )
+
+
+def one_pass_tiles(architecture: Architecture, dtype: torch.dtype) -> Iterator[Problem]:
+    """Every configuration of the one-pass form that FAST's fat case may take, beside W."""
+    from ..ops.kron_linear.maps import KronMap
+    from ..ops.kron_linear.one_pass_kernel import linear_in_one_pass
+
+    case = FAST[1]
+    shape, descriptors = case.shape, architecture.capability >= 90
+    x, weight = meta(case.tokens, shape.k, dtype=dtype), meta(shape.n, shape.k, dtype=dtype)
+    kron = KronMap.of(_term(case, dtype, META, everything=False), dtype)
+    for config in tuning.one_pass_candidates(architecture, dtype, shape.n1, shape.n2, descriptors):
+        yield (
+            f"one_pass-{config.block_m}x{config.block_n}x{config.block_k}-{config.groups}-{config.span}",
+            partial(linear_in_one_pass, x, weight, None, None, kron, config),
+        )
 
 
 def bottlenecks(dtype: torch.dtype) -> Iterator[Problem]:
@@ -157,10 +220,34 @@ def bottlenecks(dtype: torch.dtype) -> Iterator[Problem]:
         yield f"{case.name}-{activation}", partial(bottleneck_step, case, dtype)
 
 
-def problems(architecture: Architecture, dtype: torch.dtype, *, everything: bool) -> Iterator[Problem]:
+def by_route(case: Case, dtype: torch.dtype, **forms: str) -> None:
+    """`train_step` by these routes, wherever the case has them."""
+    from ..ops.kron_linear.route import forced
+
+    with forced(**forms):
+        train_step(case, dtype)
+
+
+def routes(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
+    """The case by the routes that the rule takes, then by each of the others."""
+    yield case.name, partial(train_step, case, dtype)
+    yield f"{case.name}-one_pass", partial(by_route, case, dtype, fat="one_pass")
+    yield f"{case.name}-two_kernels", partial(by_route, case, dtype, fat="two_kernels")
+    yield f"{case.name}-base_by_torch", partial(by_route, case, dtype, base="torch")
+    yield f"{case.name}-base_by_torch-one_pass", partial(by_route, case, dtype, base="torch", fat="one_pass")
+
+
+Extent = Literal["fast", "record", "all"]
+"""How much is compiled: each kernel, each configuration that is shipped or chosen by rule, each branch beside."""
+
+
+def problems(architecture: Architecture, dtype: torch.dtype, extent: Extent) -> Iterator[Problem]:
     """What to run for the launches to compile; float16's code is bfloat16's but for the types."""
-    for case in FAST:
-        yield case.name, partial(train_step, case, dtype)
+    thin, fat = FAST
+    yield thin.name, partial(train_step, thin, dtype)
+    yield f"{thin.name}-base_by_torch", partial(by_route, thin, dtype, base="torch")
+    yield f"{fat.name}-one_pass", partial(by_route, fat, dtype, fat="one_pass")
+    yield f"{fat.name}-two_kernels", partial(by_route, fat, dtype, fat="two_kernels")
     yield f"{FAST[0].name}-merge", partial(merge_weight, FAST[0], dtype)
     for name in FAST_BOTTLENECKS:
         case = bottleneck_cases.CASES[name]
@@ -169,13 +256,21 @@ def problems(architecture: Architecture, dtype: torch.dtype, *, everything: bool
             f"{name}-batch_{BATCH}",
             partial(bottleneck_step, replace(case, tokens=BATCH * case.tokens), dtype),
         )
-    if everything and dtype != torch.float16:
-        for case in OTHERS:
-            yield case.name, partial(train_step, case, dtype)
-            yield f"{case.name}-merge", partial(merge_weight, case, dtype)
-        yield from tiles(architecture, dtype)
-        yield from bottlenecks(dtype)
-    if everything and dtype == torch.bfloat16 and architecture.capability in ODD_ARCHITECTURES:
+    if extent == "fast" or dtype == torch.float16:
+        return
+    for case in (*FAST, *OTHERS):
+        yield case.name, partial(train_step, case, dtype)
+    yield from tiles(architecture, dtype)
+    for name, case in bottleneck_cases.CASES.items():
+        if name.startswith(RECORDED_BOTTLENECKS):
+            yield name, partial(bottleneck_step, case, dtype)
+    if extent == "record":
+        return
+    for case in (*FAST, *OTHERS):
+        yield from routes(case, dtype)
+        yield f"{case.name}-merge", partial(merge_weight, case, dtype)
+    yield from bottlenecks(dtype)
+    if dtype == torch.bfloat16 and architecture.capability in ODD_ARCHITECTURES:
         for case in ODD_CASES.values():
             yield case.name, partial(train_step, case, dtype)
             yield f"{case.name}-everything", partial(train_step, case, dtype, everything=True)

@@ -15,9 +15,10 @@ import torch
 pytest.importorskip("triton")
 
 from kronafuse import env
+from kronafuse.ops.costs import LAUNCH_US, shared_limit
 from kronafuse.ops.kron_linear.tuning import LinearConfig
 from kronafuse.ops.launch import Architecture
-from kronafuse.testing.aot import Record
+from kronafuse.testing.aot import TOLERATED_SPILL, Record, csv_path, read_csv, row
 from kronafuse.testing.aot_problems import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
@@ -25,8 +26,11 @@ OLDEST = "3.6.0"
 """The Triton that the oldest supported torch brings; `make aot` puts it beside the environment's own."""
 OLDEST_PATH = ROOT / ".cache" / f"triton-{OLDEST}"
 KERNELS = {
-    "shrink", "sum", "mix", "reduce", "dense", "linear", "merge", "bottleneck_forward", "bottleneck_backward"
+    "shrink", "sum", "mix", "reduce", "shrink_reduce", "dense", "linear", "one_pass", "merge", "bottleneck_forward",
+    "bottleneck_backward",
 }  # fmt: skip
+RECORDED = ROOT / "bench" / "results" / "aot"
+"""What the pinned Triton makes of every shipped configuration: `python -m kronafuse.testing.aot --record --output`."""
 
 
 KNOWN_SPILLS = {("3.9.0", 120, "reduce", "lokr_f8"): 8}
@@ -67,7 +71,7 @@ def assert_shippable(records: list[Record], kernels: set[str]) -> None:
     ]
     assert faults == []
     for record in records:
-        if record.kernel == "linear" and record.dtype != "fp32":
+        if record.kernel in ("linear", "one_pass") and record.dtype != "fp32":
             assert_linear_instructions(record)
         if record.kernel.startswith("bottleneck") and record.dtype != "fp32":
             counts = record.instructions
@@ -79,7 +83,7 @@ def assert_shippable(records: list[Record], kernels: set[str]) -> None:
 def assert_linear_instructions(record: Record) -> None:
     """Tiles with 64 rows or more use wgmma on sm_90 and tcgen05 on sm_100, those of descriptors the bulk copy."""
     counts, large = record.instructions, record.constants["BLOCK_M"] >= 64
-    has_dots = record.constants["DESCRIPTORS"] or record.constants["TAIL"] == 1
+    has_dots = record.constants["DESCRIPTORS"] or record.constants.get("TAIL", 1) == 1
     where = f"sm_{record.architecture} {record.problem}: {counts}"
     if large and record.constants["DESCRIPTORS"]:
         expected = {90: "wgmma", 100: "tcgen05"}.get(record.architecture, "mma")
@@ -105,6 +109,26 @@ def test_kernels_compile(version, tmp_path):
     assert [(key, spilled) for key, spilled in found if spilled > KNOWN_SPILLS.get(key, 0)] == []
     descriptors = {record.architecture for record in records if record.constants.get("DESCRIPTORS")}
     assert descriptors == {architecture for architecture in ARCHITECTURES if architecture >= 90}
+    if version == "pinned":
+        assert_recorded(records)
+
+
+def assert_recorded(records: list[Record]) -> None:
+    """Each of them is in the committed files as it is now, registers, stack, shared memory and prediction."""
+    for architecture in ARCHITECTURES:
+        recorded = read_csv(csv_path(RECORDED, architecture, "bf16"))
+        fresh = [row(record) for record in records if record.architecture == architecture]
+        stale = [each for each in fresh if {name: str(value) for name, value in each.items()} not in recorded]
+        assert stale == [], f"{len(stale)} of {len(fresh)} kernels are not as recorded: write the files anew"
+
+
+def test_recorded_kernels_are_shippable():
+    """No line of the committed files spills or needs more shared memory than there is; all have a prediction."""
+    for architecture in ARCHITECTURES:
+        for each in read_csv(csv_path(RECORDED, architecture, "bf16")):
+            assert int(each["spilled"]) <= TOLERATED_SPILL, each
+            assert int(each["shared"]) <= shared_limit(architecture), each
+            assert float(each["predicted_us"]) > LAUNCH_US, each
 
 
 @pytest.mark.slow

@@ -227,16 +227,20 @@ def test_the_planned_backward_on_triton():
         algorithm.backward([dy], x, [layer], saved, needs, kernels)
     macs = 0
     for each in launches:
-        sizes, name = each.arguments, each.kernel.__name__
+        sizes, name = {**each.arguments, **each.constants}, each.kernel.__name__
         if name == "_shrink_kernel":
             macs += sizes["rows"] * sizes["W"] * sizes["K"]
         elif name == "_reduce_kernel":
-            macs += sizes["rows"] * sizes["P"] * sizes["Q"]
+            macs += sizes["COUNT"] * sizes["rows"] * sizes["P"] * sizes["Q"]
+        elif name == "_shrink_reduce_kernel":
+            macs += 2 * sizes["rows"] * sizes["F"] * sizes["O"]
         elif name == "_mix_kernel":
             macs += sizes["elements"] * sizes["O1"] * sizes["I1"]
         elif name == "_linear_kernel":
             macs += sizes["M"] * sizes["N"] * (sizes["width0"] + sizes["width1"])
-            macs += sizes["M"] * sizes["N"] * sizes["J"] if each.constants["TAIL"] else 0
+            macs += sizes["M"] * sizes["N"] * sizes["J"] if sizes["TAIL"] else 0
+        else:
+            assert name == "_sum_kernel", name
     assert 0 < macs <= 0.16 * tokens * case.shape.n * case.shape.k
 
 

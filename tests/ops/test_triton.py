@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -95,7 +95,7 @@ def double(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double()
     if isinstance(value, KronMap):
-        return KronMap(**{name: double(part) for name, part in vars(value).items()})
+        return KronMap(*(double(getattr(value, each.name)) for each in fields(value)))
     return [double(each) for each in value] if isinstance(value, list) else value
 
 
@@ -223,7 +223,8 @@ def test_one_launch_serves_a_group():
     x = inputs(64, 60)
     for names, launches in (
         (("b_first",) * 3, ["_shrink"]),
-        (("a_first",) * 3, ["_dense"] * 3 + ["_shrink"]),
+        (("a_first",) * 3, ["_mix"]),
+        (("a_first", "b_first", "lora"), ["_dense"] * 3 + ["_shrink"]),
     ):
         with launching.recording(launching.Architecture(90, 132)) as recorded:
             kernels.shrink(x, group(inputs, names))

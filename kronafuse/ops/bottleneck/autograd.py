@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..calls import bind_by_position
-from .raw import OP, Options, bottleneck_backward, bottleneck_forward
+from .raw import OP, Options, backward, forward
 
 
 class Bottleneck(torch.autograd.Function):
@@ -16,7 +16,7 @@ class Bottleneck(torch.autograd.Function):
 
     @staticmethod
     def forward(options: Options, keep: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        return bottleneck_forward(*tensors, *options, keep)
+        return forward(tensors, options, keep)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -53,8 +53,8 @@ class BottleneckGradient(torch.autograd.Function):
     """The gradients of a bottleneck, themselves not differentiable."""
 
     @staticmethod
-    def forward(options: Options, needs: list[bool], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(bottleneck_backward(*tensors, *options, needs))
+    def forward(options: Options, needs: list[bool], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(backward(tensors, options, needs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -130,7 +130,7 @@ def backward_rows(
 ) -> None:
     """Fills dx, act(pre) and dpre, contiguous, where they are given."""
     tokens, (width, in_features), out_features = dy.shape[0], call.down.shape, call.up.shape[0]
-    config = tuning.bottleneck_config(
+    config = tuning.bottleneck_choice(
         architecture_of(dy.device),
         call.dtype,
         wider(dy.dtype, call.x.dtype),
@@ -141,7 +141,7 @@ def backward_rows(
     )
     if dx is None:
         config = replace(config, split=1)
-    programs = triton.cdiv(tokens, config.block_m)
+    programs = tuning.blocks(tokens, config.block_m)
     arguments = {
         "dy_ptr": dy,
         "pre_ptr": pre,

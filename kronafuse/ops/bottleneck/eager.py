@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..calls import as_dtype
 from .activations import BACKWARD, FORWARD
 from .call import Call, Gradients, Needs, result_dtype, scale_gradients
 
@@ -13,38 +14,42 @@ CHUNK_ELEMENTS = 1 << 19
 NARROW, NARROW_TOKENS = 64, 256
 """Up to this width, from so many tokens up, up's gradient is faster as the transpose of one; measured on CPUs."""
 TINY = 16
-"""Up to this width a transposed copy of up is faster to multiply by; measured on CPUs."""
+"""Up to this width, from so many tokens up, a transposed copy of up is faster to multiply by; measured on CPUs."""
 linear = torch.nn.functional.linear
 
 
 def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor]:
     """(y, pre-activation where it is kept)."""
-    x, dtype = call.x.to(call.dtype), call.dtype
-    pre = linear(x, call.down.to(dtype), None if call.down_bias is None else call.down_bias.to(dtype))
+    dtype = call.dtype
+    down_bias = None if call.down_bias is None else as_dtype(call.down_bias, dtype)
+    up_bias = None if call.up_bias is None else as_dtype(call.up_bias, dtype)
+    pre = linear(as_dtype(call.x, dtype), as_dtype(call.down, dtype), down_bias)
     out_dtype = result_dtype(call.x, call.residual, dtype, call.residual_is_x)
-    bias = None if call.up_bias is None else call.up_bias.to(dtype)
     hidden = FORWARD[call.activation](pre)
-    y = _add_linear(call.residual, hidden, call.up.to(dtype), bias, call.scale, out_dtype)
+    y = _add_linear(call.residual, hidden, as_dtype(call.up, dtype), up_bias, call.scale, out_dtype)
     return y, pre if keep else pre.new_empty(0)
 
 
 def backward(dy: Tensor, call: Call, pre: Tensor, needs: Needs) -> Gradients:
     """The gradients asked for; the others are None."""
-    low, dtype = dy.to(call.dtype), call.dtype
+    dtype = call.dtype
+    low = as_dtype(dy, dtype)
     dx = ddown = ddown_bias = None
     if needs.x or needs.down or needs.down_bias:
-        up = call.up.to(dtype)
-        weight = up.t().contiguous() if up.shape[1] <= TINY else up.t()
+        up = as_dtype(call.up, dtype)
+        weight = up.t()
+        if up.shape[1] <= TINY and low.shape[0] >= NARROW_TOKENS:
+            weight = weight.contiguous()
         dhidden = _add_linear(None, low, weight, None, call.scale, dtype)
         dpre = BACKWARD[call.activation](dhidden, pre)
         if needs.x:
             base = dy if call.residual_is_x else None
-            dx = _add_linear(base, dpre, call.down.to(dtype).t(), None, 1.0, call.x.dtype)
+            dx = _add_linear(base, dpre, as_dtype(call.down, dtype).t(), None, 1.0, call.x.dtype)
         if needs.down:
-            ddown = (dpre.t() @ call.x.to(dtype)).to(call.down.dtype)
+            ddown = as_dtype(torch.mm(dpre.t(), as_dtype(call.x, dtype)), call.down.dtype)
         if needs.down_bias:
             assert call.down_bias is not None
-            ddown_bias = dpre.sum(0).to(call.down_bias.dtype)
+            ddown_bias = as_dtype(dpre.sum(0), call.down_bias.dtype)
     dup, dup_bias, dscale = _up_gradients(low, call, pre, needs)
     return Gradients(dx, ddown, dup, ddown_bias, dup_bias, dscale)
 
@@ -66,10 +71,10 @@ def _up_gradients(
         assert dup is not None
         return scale_gradients(call, needs, dup, dup_bias)
     if dup is not None:
-        dup = dup.to(call.up.dtype).contiguous()
+        dup = as_dtype(dup, call.up.dtype).contiguous()
     if dup_bias is not None:
         assert call.up_bias is not None
-        dup_bias = (dup_bias * call.scale).to(call.up_bias.dtype)
+        dup_bias = as_dtype(dup_bias * call.scale, call.up_bias.dtype)
     return dup, dup_bias, None
 
 
@@ -103,9 +108,11 @@ def _add_linear(
             if base is None
             else torch.addmm(base, x, weight.t(), alpha=alpha)
         )
-    if base is None or not base.is_contiguous() or dtype in (torch.float16, torch.bfloat16):
-        delta = torch.addmm(bias, x, weight.t(), beta=alpha, alpha=alpha)
-        return delta if base is None else delta.add_(base)
+    if base is None:
+        return torch.addmm(bias, x, weight.t(), beta=alpha, alpha=alpha)
+    if dtype in (torch.float16, torch.bfloat16) or not base.is_contiguous():
+        delta = linear(x, weight, bias)
+        return torch.add(base, delta, alpha=alpha, out=delta)
     return torch.add(base, bias, alpha=alpha).addmm_(x, weight.t(), alpha=alpha)
 
 
@@ -113,7 +120,7 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float | Tensor) -> Tenso
     """scale · left right; the scale multiplies the accumulator where it is known on the host."""
     alpha, rest = _alpha(scale)
     if alpha == 1 and rest is None:
-        return left @ right
+        return torch.mm(left, right)
     product = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)
     return product if rest is None else product.mul_(rest)
 

@@ -114,7 +114,7 @@ def forward(call: Call, keep: bool, config: tuning.BottleneckConfig | None = Non
     pre = new_output(x, (tokens, width) if keep else (0,), call.dtype)
     if tokens == 0:
         return y, pre
-    config = tuning.bottleneck_config(
+    config = config or tuning.bottleneck_choice(
         architecture_of(x.device),
         call.dtype,
         wider(x.dtype, y_dtype),
@@ -142,6 +142,6 @@ def forward(call: Call, keep: bool, config: tuning.BottleneckConfig | None = Non
         **factor_arguments(call.down.to(call.dtype), call.up.to(call.dtype), call.scale),
     }
     constants = kernel_constants(config, call, "K", "N")
-    programs = triton.cdiv(tokens, config.block_m) * config.split
+    programs = tuning.blocks(tokens, config.block_m) * config.split
     launch(_bottleneck_forward_kernel, programs, x.device, arguments, constants, config.warps, config.stages)
     return y, pre

@@ -6,6 +6,7 @@ kernels as an eager one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ... import backends, checks
 from .. import triton_reasons
-from ..calls import flat_tokens, without_autocast
+from ..calls import flat_tokens, run_op, unflat_tokens, without_autocast
 from . import eager, reference
 from .call import Call, Needs, result_dtype
 
@@ -101,10 +102,7 @@ def _forward(
     chosen = backends.choose(OP, IMPLEMENTATIONS, options.impl, x.device, options.dtype)
     with without_autocast(x.device.type):
         y, pre = chosen.load().forward(_flat_call(x, residual, factors, scale_tensor, options), keep)
-    if x.dim() != 2:
-        # Not y.view: autograd forbids changing in place, as y += 1, what a Function returns as a view.
-        y = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], up.shape[0]])
-    return y, pre
+    return (y if x.dim() == 2 else unflat_tokens(y, x.shape[:-1])), pre
 
 
 def _forward_fake(
@@ -125,7 +123,7 @@ def _forward_fake(
     return y, x.new_empty((tokens, down.shape[0]) if keep else (0,), dtype=options.dtype)
 
 
-def _backward(
+def _gradients(
     dy: Tensor,
     x: Tensor,
     down: Tensor,
@@ -135,14 +133,18 @@ def _backward(
     scale_tensor: Tensor | None,
     pre: Tensor,
     *rest: Any,
-) -> list[Tensor]:
+) -> Sequence[Tensor | None]:
+    """The gradients that are needed, each in its tensor's place; None for the others."""
     options, needs = Options(*rest[:-1]), Needs(*rest[-1])
     chosen = backends.choose(OP, IMPLEMENTATIONS, options.impl, x.device, options.dtype)
     call = _flat_call(x, None, (down, up, down_bias, up_bias), scale_tensor, options)
     with without_autocast(x.device.type):
         grads = chosen.load().backward(flat_tokens(dy), call, pre, needs)
-    wanted = [x.new_empty(0) if grad is None else grad for grad in grads]
-    return [wanted[0].view(x.shape), *wanted[1:]] if needs.x else wanted
+    return grads if x.dim() == 2 or grads.x is None else (grads.x.view(x.shape), *grads[1:])
+
+
+def _backward(dy: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    return [x.new_empty(0) if grad is None else grad for grad in _gradients(dy, x, *rest)]
 
 
 def _backward_fake(
@@ -172,3 +174,15 @@ for _name, _kernel, _fake in (
 
 bottleneck_forward = torch.ops.kronafuse.bottleneck_forward.default
 bottleneck_backward = torch.ops.kronafuse.bottleneck_backward.default
+
+
+def forward(tensors: Sequence[Tensor | None], options: Options, keep: bool) -> tuple[Tensor, Tensor]:
+    """(y, pre-activation where kept): `bottleneck_forward`, or its kernel where nothing tells them apart."""
+    return run_op(bottleneck_forward, _forward, tensors, *tensors, *options, keep)
+
+
+def backward(
+    tensors: Sequence[Tensor | None], options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """The gradients by `bottleneck_backward` or its kernel; only those needed count."""
+    return run_op(bottleneck_backward, _gradients, tensors, *tensors, *options, needs)

@@ -1,21 +1,27 @@
-"""Which tile sizes the Triton kernels run with.
+"""Which tile sizes the Triton kernels run with: the row of the tuned table for this GPU and these sizes, else a rule.
 
-Every configuration here was chosen by rule; no GPU has measured it. A choice depends on sizes, dtypes and the shared
-memory of a program, so the order of every sum, and so every bit of the result, is the same at each call.
+The rule takes the candidate of the least predicted time (`costs.py`); no GPU has measured one. Its choice depends on
+sizes, dtypes and the shared memory of a program, so the order of every sum, and so every bit of the result, is the
+same at each call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import torch
 
-from ..kron_linear.tuning import MINIMUM, blocks, power_of_two, shared_limit
+from .. import tuned
+from ..costs import REFERENCE, blocks, shared_limit
+from ..kernel_costs import BottleneckSizes, bottleneck_us
+from ..kron_linear.tuning import MINIMUM, power_of_two, resources
 from ..launch import Architecture
 
 PROGRAMS = 128
-"""Programs that a launch should have where there is work for so many."""
+"""Columns are shared only up to so many programs."""
 WIDE = 192
 """Hidden widths above it take narrower tiles of the features."""
 MOST_SPLITS = 8
@@ -45,6 +51,43 @@ class BottleneckConfig:
     warps: int
     stages: int
 
+    def reasons(self, architecture: Architecture, dtype: torch.dtype, widest: torch.dtype) -> list[str]:
+        """Why this configuration cannot run `dtype` on features of `widest` there; empty where it can."""
+        accumulators = self.block_m * (self.width + self.second) // (32 * self.warps)
+        return resources(architecture, self.shared_bytes(dtype, widest), accumulators)
+
+    def shared_bytes(self, dtype: torch.dtype, widest: torch.dtype) -> int:
+        """The stages' tiles of the features and of the factor, and the hidden layer."""
+        hidden = self.width + self.second
+        step = max(self.block_in, self.block_out)
+        rows = step * (self.block_m * widest.itemsize + hidden * dtype.itemsize)
+        return self.stages * rows + self.block_m * hidden * dtype.itemsize
+
+
+def bottleneck_choice(
+    architecture: Architecture,
+    dtype: torch.dtype,
+    widest: torch.dtype,
+    tokens: int,
+    in_features: int,
+    width: int,
+    out_features: int,
+) -> BottleneckConfig:
+    """The configuration for a pass through the hidden layer.
+
+    dtype:  of the products
+    widest: of the features that are read and written
+    """
+    sizes = (dtype, widest, tokens, in_features, width, out_features)
+    return tuned.choose(
+        "bottleneck",
+        BottleneckConfig,
+        architecture,
+        sizes,
+        lambda: bottleneck_config(architecture, *sizes),
+        (architecture, dtype, widest),
+    )
+
 
 @lru_cache(maxsize=4096)
 def bottleneck_config(
@@ -56,30 +99,47 @@ def bottleneck_config(
     width: int,
     out_features: int,
 ) -> BottleneckConfig:
-    """The largest blocks of rows that still give `PROGRAMS` programs, then columns shared.
+    """The candidate of the least predicted time; arguments as in `bottleneck_choice`."""
+    sizes = BottleneckSizes(tokens, in_features, width, out_features)
+    return min(
+        bottleneck_candidates(architecture, dtype, widest, tokens, in_features, width, out_features),
+        key=lambda config: bottleneck_us(REFERENCE, dtype, widest, sizes, config),
+    )
 
-    dtype:  of the products
-    widest: of the features that are read and written
-    """
+
+def bottleneck_candidates(
+    architecture: Architecture,
+    dtype: torch.dtype,
+    widest: torch.dtype,
+    tokens: int,
+    in_features: int,
+    width: int,
+    out_features: int,
+) -> Iterator[BottleneckConfig]:
+    """Blocks of rows that the tokens fill, the largest first, with each number of programs that may share columns."""
     single = dtype == torch.float32
     first, second = width_parts(width)
-    block_m = power_of_two(tokens // PROGRAMS, at_most=32 if single else 64)
-    # The widest hidden layers leave few registers for the tiles beside them.
-    step, stages = 32 if single or first + second > WIDE else 64, 3
+    heights = dict.fromkeys(
+        power_of_two(tokens, at_most=most) for most in ((32, 16) if single else (64, 32, 16))
+    )
+    for block_m, share in product(heights, (1, 2, 4, MOST_SPLITS)):
+        # The widest hidden layers leave few registers for the tiles beside them.
+        step, stages = 32 if single or first + second > WIDE else 64, 3
+        warps = 8 if block_m * (first + second) > 64 * 64 else 4
+        limit = shared_limit(architecture.capability)
 
-    def shared() -> int:
-        """The stages' tiles of the features and of the factor, and the hidden layer."""
-        rows = step * (block_m * widest.itemsize + (first + second) * dtype.itemsize)
-        return stages * rows + block_m * (first + second) * dtype.itemsize
+        def config(step: int, stages: int, block_m: int = block_m, share: int = share, warps: int = warps):
+            block_in, block_out = (power_of_two(size, at_most=step) for size in (in_features, out_features))
+            columns = blocks(blocks(out_features, block_out), share) * block_out
+            split = blocks(out_features, columns)
+            return BottleneckConfig(
+                block_m, block_in, block_out, first, second, split, columns, warps, stages
+            )
 
-    limit = shared_limit(architecture.capability)
-    if shared() > limit:
-        stages = 2
-    while shared() > limit and step > MINIMUM:
-        step //= 2
-    block_in, block_out = (power_of_two(size, at_most=step) for size in (in_features, out_features))
-    split = max(1, min(PROGRAMS // max(1, blocks(tokens, block_m)), MOST_SPLITS))
-    columns = blocks(blocks(out_features, block_out), split) * block_out
-    split = blocks(out_features, columns)
-    warps = 8 if block_m * (first + second) > 64 * 64 else 4
-    return BottleneckConfig(block_m, block_in, block_out, first, second, split, columns, warps, stages)
+        if config(step, stages).shared_bytes(dtype, widest) > limit:
+            stages = 2
+        while config(step, stages).shared_bytes(dtype, widest) > limit and step > MINIMUM:
+            step //= 2
+        found = config(step, stages)
+        if found.split == share and (share == 1 or blocks(tokens, block_m) * share <= PROGRAMS):
+            yield found

@@ -12,18 +12,35 @@ which gradient comes from which product are decided here, once for all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .gradients import (
+    FROM_DY,
+    FROM_X,
+    ROW_SCALE,
+    SCALE,
+    A,
+    TermStep,
+    gradient_between,
+    gradient_from_dy,
+    row_scale_gradient,
+    scale_gradient,
+)
 from .maps import KronMap
-from .terms import FrozenLinear
+from .terms import FrozenLinear, KronTerm
+
+if TYPE_CHECKING:
+    from .sum_kernel import SecondStages
 
 
 class Primitives(Protocol):
     """What a backend supplies; every result is a new tensor and every one of its elements is written."""
+
+    CASTS_FACTORS: bool
+    """Whether it casts factors to x's dtype itself, as it reads them; else maps come with cast factors."""
 
     def shrink(self, x: Tensor, maps: Sequence[KronMap]) -> list[Tensor]:
         """T (M, inner) of each map of the same x (M, in), from one read of x where the backend can."""
@@ -40,21 +57,76 @@ class Primitives(Protocol):
         bias: Tensor | None,
         base: Tensor | None,
         maps: Sequence[KronMap],
-        inners: Sequence[Tensor],
+        inners: Sequence[Tensor | None],
     ) -> Tensor:
-        """x Wᵀ + bias + base + Σ up(inner), (M, out); weight (out, in) in any strides. Not all four absent."""
+        """x Wᵀ + bias + base + Σ up(inner), (M, out); weight (out, in) in any strides. Not all four absent.
+
+        An inner is None where the whole map is applied to x here, as `in_one_pass` said.
+        """
+        ...
+
+    def in_one_pass(
+        self, x: Tensor, weight: Tensor | None, maps: Sequence[KronMap], kept: Sequence[bool] | None = None
+    ) -> list[bool]:
+        """Which maps `linear` applies to x (M, in) itself, without their first products.
+
+        kept: whose first products are computed anyway, for a gradient; None: no one's
+        """
+        ...
+
+    def second_stages(self) -> SecondStages | None:
+        """What collects sums whose results are asked for at the end; None where each is whole at once."""
         ...
 
     def reduce(
-        self, p: Tensor, q: Tensor, scale: float | Tensor, dtype: torch.dtype, p_scale: Tensor | None = None
+        self,
+        p: Tensor,
+        q: Tensor,
+        scale: float | Tensor,
+        dtype: torch.dtype,
+        p_scale: Tensor | None = None,
+        stages: Any = None,
     ) -> Tensor:
-        """scale · Σ_{m,g} (p_scale[g] ⊙ p[m,g])ᵀ q[m,g]: p (M, G, P), q (M, G, Q), p_scale (G, P) -> (P, Q)."""
+        """scale · Σ_{m,g} (p_scale[g] ⊙ p[m,g])ᵀ q[m,g]: p (M, G, P), q (M, G, Q), p_scale (G, P) -> (P, Q).
+
+        With `stages` the sum is whole when these have finished.
+        """
+        ...
+
+    def shrink_reduce(
+        self,
+        x: Tensor,
+        maps: Sequence[KronMap],
+        others: Sequence[Tensor | None],
+        dtypes: Sequence[torch.dtype],
+        stages: Any,
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """`shrink`, and where `other` (M, inner) is given Σ (in_scale ⊙ x)ᵀ other, (F, O), over `maps.first_rows`.
+
+        From one read of x where the backend can; the sums are whole when `stages` has finished.
+        """
+        ...
+
+    def reduce_shared(
+        self,
+        x: Tensor,
+        maps: Sequence[KronMap],
+        others: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype],
+        stages: Any,
+    ) -> list[Tensor]:
+        """Σ otherᵀ x, (O, F), over `maps.first_rows` of maps without in_scale, from one read of x where it can."""
         ...
 
 
 def _tokens(part: Tensor, first: int, second: int) -> Tensor:
     """(M, first·second) seen as (M, first, second)."""
     return part.view(part.shape[0], first, second)
+
+
+def map_of(term: KronTerm, x: Tensor, primitives: Primitives) -> KronMap:
+    """The forward map of a term, its factors in x's dtype unless the backend casts them itself."""
+    return KronMap.of(term, None if primitives.CASTS_FACTORS else x.dtype)
 
 
 def inner_of(kron: KronMap, shrunk: Tensor, primitives: Primitives) -> Tensor:
@@ -73,15 +145,25 @@ def forward(
 
     x: (M, K), layers with `base` as (M, N)
     """
-    maps = [[KronMap.of(term, x.dtype) for term in layer.terms] for layer in layers]
-    flat = [kron for group in maps for kron in group]
+    maps = [[map_of(term, x, primitives) for term in layer.terms] for layer in layers]
+    single = [
+        primitives.in_one_pass(x, layer.weight, group) for layer, group in zip(layers, maps, strict=True)
+    ]
+    flat = [
+        kron
+        for group, singles in zip(maps, single, strict=True)
+        for kron, alone in zip(group, singles, strict=True)
+        if not alone
+    ]
     shrunk = iter(primitives.shrink(x, flat) if flat else [])
     ys, saved = [], []
-    for layer, group in zip(layers, maps, strict=True):
-        parts = [next(shrunk) for _ in group]
-        inners = [inner_of(kron, part, primitives) for kron, part in zip(group, parts, strict=True)]
+    for layer, group, singles in zip(layers, maps, single, strict=True):
+        inners: list[Tensor | None] = []
+        for kron, alone in zip(group, singles, strict=True):
+            part = None if alone else next(shrunk)
+            inners.append(None if part is None else inner_of(kron, part, primitives))
+            saved.append(part if part is not None and kron.thin else x.new_empty(0))
         ys.append(primitives.linear(x, layer.weight, layer.bias, layer.base, group, inners))
-        saved += [part if kron.thin else x.new_empty(0) for kron, part in zip(group, parts, strict=True)]
     return ys, saved
 
 
@@ -103,140 +185,138 @@ def backward(
 
     `needs` says, in that order, which are computed; the others are empty tensors.
     """
-    empty = x.new_empty(0)
-    dx: Tensor | None = None
-    layer_grads: list[Tensor] = []
-    term_grads: list[Tensor] = []
     flags = iter(needs)
     need_x = next(flags)
     needs_layer = [[next(flags) for _ in range(LAYER_GRADIENTS)] for _ in layers]
-    needs_term = [[[next(flags) for _ in range(TERM_GRADIENTS)] for _ in layer.terms] for layer in layers]
     parts = iter(saved)
-    for dy, layer, (need_weight, need_bias), needs_group in zip(
-        dys, layers, needs_layer, needs_term, strict=True
-    ):
-        maps = [KronMap.of(term, x.dtype) for term in layer.terms]
-        adjoints = [kron.adjoint() for kron in maps]
-        downs = primitives.shrink(dy, adjoints) if adjoints and (need_x or any(map(any, needs_group))) else []
-        if need_x:
-            inners = [
-                inner_of(adjoint, down, primitives) for adjoint, down in zip(adjoints, downs, strict=True)
-            ]
-            if layer.weight is not None or inners:
-                weight = None if layer.weight is None else layer.weight.t()
-                dx = primitives.linear(dy, weight, None, dx, adjoints, inners)
-        for index, (kron, term, needed) in enumerate(zip(maps, layer.terms, needs_group, strict=True)):
-            part = next(parts)
-            if any(needed):
-                dtypes = [None if each is None else each.dtype for each in (term.a, term.b, term.b_down)]
-                term_grads += term_gradients(kron, dy, x, part, downs[index], needed, dtypes, primitives)
-            else:
-                term_grads += [empty] * TERM_GRADIENTS
-        layer_grads.append(dy.t() @ x if need_weight else empty)
-        layer_grads.append(dy.sum(0) if need_bias else empty)
-    return [dx if dx is not None else empty, *layer_grads, *term_grads]
-
-
-def term_gradients(
-    kron: KronMap,
-    dy: Tensor,
-    x: Tensor,
-    part: Tensor,
-    down: Tensor,
-    needs: Sequence[bool],
-    dtypes: Sequence[torch.dtype | None],
-    primitives: Primitives,
-) -> list[Tensor]:
-    """Gradients of a, b, b_down, scale and row_scale of one term.
-
-    part: what forward saved of it, empty for a fat term; down: the first product of dy on the adjoint map
-    """
+    groups = [
+        [
+            TermStep.of(
+                map_of(term, x, primitives), term, [next(flags) for _ in range(TERM_GRADIENTS)], next(parts)
+            )
+            for term in layer.terms
+        ]
+        for layer in layers
+    ]
+    stages = primitives.second_stages()
     empty = x.new_empty(0)
-    need_a, need_b, need_b_down, need_scale, need_row_scale = needs
-    if part.numel() == 0 and (need_row_scale or need_b or (need_a and kron.order != "a_first")):
-        part = primitives.shrink(x, [kron])[0]
-    da = db = db_down = dscale = drow_scale = empty
-    if need_a or need_b or need_b_down:
-        factor = factor_gradients(kron, dy, x, part, down, (need_a, need_b, need_b_down), dtypes, primitives)
-        da, db, db_down = (empty if each is None else each for each in factor)
-    if need_scale:
-        dscale = scale_gradient(kron.unscaled(), dy, x, primitives)
-    if need_row_scale:
-        assert kron.out_scale is not None
-        drow_scale = row_scale_gradient(kron, dy, x, part, primitives)
-    return [da, db, db_down, dscale, drow_scale]
+    dx: Tensor | None = None
+    layer_grads: list[Tensor] = []
+    waiting: list[TermStep] = []
+    for dy, layer, group, (need_weight, need_bias) in zip(dys, layers, groups, needs_layer, strict=True):
+        if need_x:
+            _decide_one_pass(dy, layer, group, primitives)
+        _gradients_from_dy(dy, x, group, need_x, primitives, stages)
+        if need_x and (layer.weight is not None or group):
+            weight = None if layer.weight is None else layer.weight.t()
+            inners = [None if step.one_pass else _inner(step) for step in group]
+            dx = primitives.linear(dy, weight, None, dx, [step.adjoint for step in group], inners)
+        for step in group:
+            _other_gradients(step, dy, x, primitives, stages)
+        waiting += [step for step in group if step.wants_from_x]
+        if not all(step.kron.thin for step in waiting):
+            # Fat T are as large as x: they wait for no other layer.
+            _gradients_from_x(x, waiting, primitives, stages)
+            waiting = []
+        for step in group:
+            step.release()
+        layer_grads += [dy.t() @ x if need_weight else empty, dy.sum(0) if need_bias else empty]
+    _gradients_from_x(x, waiting, primitives, stages)
+    if stages is not None:
+        stages.finish()
+    term_grads = [
+        step.gradients.get(index, empty)
+        for group in groups
+        for step in group
+        for index in range(TERM_GRADIENTS)
+    ]
+    return [empty if dx is None else dx, *layer_grads, *term_grads]
 
 
-def factor_gradients(
-    kron: KronMap,
+def _decide_one_pass(
+    dy: Tensor, layer: FrozenLinear, group: Sequence[TermStep], primitives: Primitives
+) -> None:
+    """Which terms' dx needs no first product of dy."""
+    weight = None if layer.weight is None else layer.weight.t()
+    adjoints, kept = [step.adjoint for step in group], [step.needs_down for step in group]
+    for step, alone in zip(group, primitives.in_one_pass(dy, weight, adjoints, kept), strict=True):
+        step.one_pass = alone
+
+
+def _inner(step: TermStep) -> Tensor:
+    assert step.inner is not None
+    return step.inner
+
+
+def _gradients_from_dy(
     dy: Tensor,
     x: Tensor,
-    part: Tensor,
-    down: Tensor,
-    needs: tuple[bool, bool, bool],
-    dtypes: Sequence[torch.dtype | None],
+    group: Sequence[TermStep],
+    need_x: bool,
     primitives: Primitives,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dA, dB and dB_down, each in its factor's dtype; the scale is in `part` or in `down`, once in each product."""
-    need_a, need_b, need_b_down = needs
-    grads, inputs = kron.out_view(dy), kron.in_view(x)  # (M, N1, N2), (M, K1, K2)
-    row_scale = None
-    if kron.out_scale is not None:
-        row_scale = kron_row_view(kron.out_scale, kron)
-    transposed = None if row_scale is None else row_scale.t()
-    da = db = db_down = None
-    dtype_a, dtype_b, dtype_down = dtypes
-    if kron.order == "a_first":  # part U (M, N1, K2), down S (M, N1, K2)
-        if need_a:
-            s = _tokens(down, *kron.inner)
-            da = primitives.reduce(s.mT, inputs.mT, 1.0, dtype_a or x.dtype)
-        if need_b:
-            u = _tokens(part, *kron.inner)
-            db = primitives.reduce(grads, u, 1.0, dtype_b or x.dtype, row_scale)
-    elif kron.order == "b_first":  # part V (M, K1, N2), down Q (M, K1, N2)
-        if need_a:
-            v = _tokens(part, *kron.inner)
-            da = primitives.reduce(grads.mT, v.mT, 1.0, dtype_a or x.dtype, transposed)
-        if need_b:
-            q = _tokens(down, *kron.inner)
-            db = primitives.reduce(q, inputs, 1.0, dtype_b or x.dtype)
-    else:
-        (n1, k1), rank = kron.left, kron.b.shape[1]
-        if need_a and kron.a is not None:  # down F (M, N1, R), part P (M, K1, R), both unscaled
-            f, p = _tokens(down, n1, rank), _tokens(part, k1, rank)
-            da = primitives.reduce(f.mT, p.mT, kron.scale, dtype_a or x.dtype)
-        if need_b:
-            h = _tokens(inner_of(kron, part, primitives), n1, rank)
-            db = primitives.reduce(grads, h, 1.0, dtype_b or x.dtype, row_scale)
-        if need_b_down:
-            e = _tokens(inner_of(kron.adjoint(), down, primitives), k1, rank)
-            db_down = primitives.reduce(e, inputs, 1.0, dtype_down or x.dtype)
-    return da, db, db_down
+    stages: SecondStages | None,
+) -> None:
+    """dy's first products where they are needed, and the gradients that contract dy."""
+    lacking = [step for step in group if step.lacks_part]
+    if lacking:
+        for step, part in zip(lacking, primitives.shrink(x, [step.kron for step in lacking]), strict=True):
+            step.part = part
+    both = [step for step in group if step.needs_down or (need_x and not step.one_pass)]
+    alone = [step for step in group if step.wants_from_dy and step not in both]
+    for step in group:
+        if step.wants_from_dy or step.needs[ROW_SCALE]:
+            step.forward_inner = inner_of(step.kron, step.part, primitives)
+    for step in alone:
+        assert step.forward_inner is not None
+        index = FROM_DY[step.kron.order]
+        step.gradients[index] = gradient_from_dy(
+            step.adjoint, dy, step.forward_inner, step.dtypes[index], primitives, stages
+        )
+    if not both:
+        return
+    indices = [FROM_DY[step.kron.order] for step in both]
+    downs, gradients = primitives.shrink_reduce(
+        dy,
+        [step.adjoint for step in both],
+        [step.forward_inner if step.wants_from_dy else None for step in both],
+        [step.dtypes[index] for step, index in zip(both, indices, strict=True)],
+        stages,
+    )
+    for step, index, down, gradient in zip(both, indices, downs, gradients, strict=True):
+        step.down = down
+        if step.wants_from_x or (need_x and not step.one_pass):
+            step.inner = inner_of(step.adjoint, down, primitives)
+        if gradient is not None:
+            step.gradients[index] = gradient
 
 
-def kron_row_view(row_scale: Tensor, kron: KronMap) -> Tensor:
-    """(N,) seen as (N1, N2)."""
-    return kron.out_view(row_scale.unsqueeze(0)).squeeze(0)
+def _gradients_from_x(
+    x: Tensor, steps: Sequence[TermStep], primitives: Primitives, stages: SecondStages | None
+) -> None:
+    """The gradients that contract x."""
+    if not steps:
+        return
+    indices = [FROM_X[step.kron.order] for step in steps]
+    gradients = primitives.reduce_shared(
+        x,
+        [step.kron for step in steps],
+        [_inner(step) for step in steps],
+        [step.dtypes[index] for step, index in zip(steps, indices, strict=True)],
+        stages,
+    )
+    for step, index, gradient in zip(steps, indices, gradients, strict=True):
+        step.gradients[index] = gradient
+        step.inner = None
 
 
-def scale_gradient(kron: KronMap, dy: Tensor, x: Tensor, primitives: Primitives) -> Tensor:
-    """Σ dy ⊙ (delta at scale 1), as the inner product of one factor with its own gradient."""
-    part = primitives.shrink(x, [kron])[0]
-    down = primitives.shrink(dy, [kron.adjoint()])[0]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    through_a = kron.a is not None
-    needs = (through_a, not through_a, False)
-    da, db, _ = factor_gradients(kron, dy, x, part, down, needs, (wide, wide, wide), primitives)
-    factor, grad = (kron.a, da) if through_a else (kron.b, db)
-    assert factor is not None
-    assert grad is not None
-    return (factor.to(wide) * grad).sum()
-
-
-def row_scale_gradient(kron: KronMap, dy: Tensor, x: Tensor, part: Tensor, primitives: Primitives) -> Tensor:
-    """Σ_m dy[m] ⊙ (delta[m] without row_scale), (N,)."""
-    assert kron.out_scale is not None
-    plain = replace(kron, out_scale=None)
-    delta = primitives.linear(x, None, None, None, [plain], [inner_of(plain, part, primitives)])
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return (dy.to(wide) * delta.to(wide)).sum(0).to(kron.out_scale.dtype)
+def _other_gradients(
+    step: TermStep, dy: Tensor, x: Tensor, primitives: Primitives, stages: SecondStages | None
+) -> None:
+    """The left factor's of a low-rank term, the scale's and the row scale's."""
+    if step.wants_between:
+        step.gradients[A] = gradient_between(step, primitives, stages)
+    if step.needs[SCALE]:
+        step.gradients[SCALE] = scale_gradient(step.kron, dy, x, primitives)
+    if step.needs[ROW_SCALE]:
+        assert step.forward_inner is not None
+        step.gradients[ROW_SCALE] = row_scale_gradient(step.kron, dy, x, step.forward_inner, primitives)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..calls import bind_by_position
 from .algorithm import LAYER_GRADIENTS, TERM_GRADIENTS
-from .raw import LAYER_TENSORS, TERM_TENSORS, Layout, kron_backward, kron_forward
+from .raw import LAYER_TENSORS, TERM_TENSORS, Layout, backward, forward
 
 BASE = 2
 """Where base stands among a layer's tensors; its gradient is dy itself, outside the raw op."""
@@ -23,7 +22,7 @@ class KronGroup(torch.autograd.Function):
     @staticmethod
     def forward(layout: Layout, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         split = LAYER_TENSORS * len(layout.terms_per_layer)
-        return tuple(kron_forward(x, tensors[:split], tensors[split:], *layout))
+        return tuple(forward(x, tensors[:split], tensors[split:], layout))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -35,16 +34,13 @@ class KronGroup(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.layout = layout
         needs = ctx.needs_input_grad[2:]
-        kept = [
-            None if index < split and index % LAYER_TENSORS == BASE else each
-            for index, each in enumerate(tensors)
-        ]
+        tensors[BASE:split:LAYER_TENSORS] = [None] * layers
         if not any(needs[split:]):
             saved = [part.new_empty(0) for part in saved]
             if not any(needs[index] for index in range(0, split, LAYER_TENSORS)):
                 # dx and dbias come from dy alone: x is not kept, only its shape and dtype.
                 x = x.new_empty(()).expand(x.shape)
-        ctx.save_for_backward(x, *kept, *saved)
+        ctx.save_for_backward(x, *tensors, *saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -56,8 +52,8 @@ class KronGroup(torch.autograd.Function):
         _, need_x, *need = ctx.needs_input_grad
         results: list[Tensor | None] = [None] * len(need)
         dx = None
-        used = [index for index in range(layers) if grads[index] is not None]
-        part = _part_of(layout, used)
+        used = tuple(index for index in range(layers) if grads[index] is not None)
+        part = _part_of(layout.terms_per_layer, used)
         picked = [tensors[index] for index in part.tensors]
         needs = [need_x, *(need[index] for index in part.gradients)]
         if used and any(needs):
@@ -65,7 +61,7 @@ class KronGroup(torch.autograd.Function):
             products = KronGroupGradient.apply if torch.is_grad_enabled() else KronGroupGradient.forward
             parts = [saved[index] for index in part.terms]
             dys = [grads[index] for index in used]
-            dx, *computed = products(part.layout, needs, len(used), *dys, x, *picked, *parts)
+            dx, *computed = products(part.of(layout), needs, len(used), *dys, x, *picked, *parts)
             for index, result in zip(part.gradients, computed, strict=True):
                 results[index] = result if need[index] else None
         for index in range(layers):
@@ -78,13 +74,11 @@ class KronGroupGradient(torch.autograd.Function):
     """The gradients of a group, themselves not differentiable."""
 
     @staticmethod
-    def forward(
-        layout: Layout, needs: list[bool], layers: int, *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(layout: Layout, needs: list[bool], layers: int, *tensors: Any) -> tuple[Tensor, ...]:
         dys, x, rest = tensors[:layers], tensors[layers], tensors[layers + 1 :]
         split = LAYER_TENSORS * layers
         end = split + TERM_TENSORS * sum(layout.terms_per_layer)
-        return tuple(kron_backward(dys, x, rest[:split], rest[split:end], *layout, rest[end:], needs))
+        return tuple(backward(dys, x, rest[:split], rest[split:end], layout, rest[end:], needs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -98,27 +92,33 @@ class KronGroupGradient(torch.autograd.Function):
 bind_by_position(KronGroup)
 
 
-class _Part:
-    """Some layers of a group: their layout, and where their tensors, gradients and terms stand in the whole."""
+class _Part(NamedTuple):
+    """Some layers of a group: how many terms each has, and where tensors, gradients and terms stand in the whole."""
 
-    def __init__(self, layout: Layout, tensors: list[int], gradients: list[int], terms: list[int]) -> None:
-        self.layout, self.tensors, self.gradients, self.terms = layout, tensors, gradients, terms
+    terms_per_layer: tuple[int, ...]
+    tensors: tuple[int, ...]
+    gradients: tuple[int, ...]
+    terms: tuple[int, ...]
+
+    def of(self, layout: Layout) -> Layout:
+        """The whole's layout, of these layers alone."""
+        if self.terms_per_layer == layout.terms_per_layer:
+            return layout
+        return layout._replace(
+            terms_per_layer=self.terms_per_layer,
+            scales=tuple(layout.scales[number] for number in self.terms),
+            shuffled=tuple(layout.shuffled[number] for number in self.terms),
+        )
 
 
-def _part_of(layout: Layout, used: Sequence[int]) -> _Part:
+def _part_of(counts: tuple[int, ...], used: tuple[int, ...]) -> _Part:
     """The layers whose y has a gradient: the others add nothing to any."""
-    counts = layout.terms_per_layer
     split = LAYER_TENSORS * len(counts)
     first = [0, *accumulate(counts)]
     terms = [number for index in used for number in range(first[index], first[index] + counts[index])]
     assert TERM_TENSORS == TERM_GRADIENTS
     of_terms = [split + number * TERM_TENSORS + each for number in terms for each in range(TERM_TENSORS)]
     of_layers = [[index * LAYER_TENSORS + each for each in range(LAYER_TENSORS)] for index in used]
-    part = layout._replace(
-        terms_per_layer=tuple(counts[index] for index in used),
-        scales=tuple(layout.scales[number] for number in terms),
-        shuffled=tuple(layout.shuffled[number] for number in terms),
-    )
     tensors = [place for layer in of_layers for place in layer] + of_terms
     gradients = [place for layer in of_layers for place in layer[:LAYER_GRADIENTS]] + of_terms
-    return _Part(part, tensors, gradients, terms)
+    return _Part(tuple(counts[index] for index in used), tuple(tensors), tuple(gradients), tuple(terms))

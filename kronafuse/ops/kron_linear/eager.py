@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .maps import KronMap
+from .maps import KronMap, first_rows, first_scale, inner_rows
 
+CASTS_FACTORS: bool = False
+"""torch's GEMMs take operands of one dtype: maps come with their factors cast."""
 DENSE_ELEMENTS = 4096
 """Up to this many elements A ⊗ I is built and one GEMM replaces a batch of tiny ones; measured on CPUs in fp32."""
 DENSE_TOKENS = 256
@@ -26,22 +28,21 @@ def shrink(x: Tensor, maps: Sequence[KronMap]) -> list[Tensor]:
 def _shrink_one(x: Tensor, kron: KronMap) -> Tensor:
     if kron.in_scale is not None:
         x = x * kron.in_scale.to(x.dtype)
-    view = kron.in_view(x)
     if kron.order == "a_first":
         assert kron.a is not None
-        return mix(view, kron.a, kron.scale).flatten(1)
-    if kron.order == "b_first":
-        return _block(view, kron.b, kron.scale)
-    assert kron.b_down is not None
-    return _block(view, kron.b_down, kron.scale if kron.a is None else 1.0)
+        return mix(kron.in_view(x), kron.a, kron.scale).flatten(1)
+    right = kron.b if kron.b_down is None else kron.b_down
+    scale = 1.0 if kron.order == "low_rank" and kron.a is not None else kron.scale
+    rows = (kron.in_view(x) if kron.in_shuffled else x).reshape(-1, right.shape[1])
+    return _block(rows, right, scale).view(x.shape[0], kron.left[1] * right.shape[0])
 
 
-def _block(view: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
-    """scale · B view[m, i]: (M, I1, I2), (O2, I2) -> (M, I1·O2), one GEMM over M·I1 rows."""
-    rows = view.reshape(-1, view.shape[2])
-    alpha, rest = _alpha(scale, view.device)
-    out = torch.addmm(view.new_empty(()), rows, b.t(), beta=0, alpha=alpha)
-    return _times(out, rest).view(view.shape[0], view.shape[1] * b.shape[0])
+def _block(rows: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+    """scale · rows Bᵀ: (M·I1, I2), (O2, I2) -> (M·I1, O2)."""
+    alpha, rest = _alpha(scale, rows.device)
+    if alpha == 1:
+        return _times(torch.mm(rows, b.t()), rest)
+    return torch.addmm(rows.new_empty(()), rows, b.t(), beta=0, alpha=alpha)
 
 
 def mix(p: Tensor, a: Tensor, scale: float | Tensor) -> Tensor:
@@ -51,9 +52,10 @@ def mix(p: Tensor, a: Tensor, scale: float | Tensor) -> Tensor:
         dense = _beside_identity(a, p.shape[2])
         out = torch.addmm(p.new_empty(()), p.flatten(1), dense.t(), beta=0, alpha=alpha)
         return _times(out, rest).view(p.shape[0], a.shape[0], p.shape[2])
+    batch = a.expand(p.shape[0], -1, -1)
     if alpha == 1:
-        return _times(torch.matmul(a, p), rest)
-    return torch.baddbmm(p.new_empty(()), a.expand(p.shape[0], -1, -1), p, beta=0, alpha=alpha)
+        return _times(torch.bmm(batch, p), rest)
+    return torch.baddbmm(p.new_empty(()), batch, p, beta=0, alpha=alpha)
 
 
 def _is_small(a: Tensor, size: int, tokens: int) -> bool:
@@ -73,7 +75,7 @@ def linear(
     bias: Tensor | None,
     base: Tensor | None,
     maps: Sequence[KronMap],
-    inners: Sequence[Tensor],
+    inners: Sequence[Tensor | None],
 ) -> Tensor:
     """x Wᵀ + bias + base + Σ up(inner), (M, out)."""
     if weight is not None:
@@ -90,26 +92,36 @@ def linear(
         if bias is not None:
             y += bias
     for kron, inner in zip(maps, inners, strict=True):
-        _expand_into(y, kron, inner.view(inner.shape[0], *kron.inner))
+        assert inner is not None
+        _expand_into(y, kron, inner)
     return y
 
 
+def in_one_pass(
+    _x: Tensor, _weight: Tensor | None, maps: Sequence[KronMap], _kept: Sequence[bool] | None = None
+) -> list[bool]:
+    """None: torch's GEMMs take the first product from memory."""
+    return [False] * len(maps)
+
+
 def _expand_into(y: Tensor, kron: KronMap, inner: Tensor) -> None:
-    """y += out_scale ⊙ up(inner), inner (M, ., .) as `kron.inner`."""
-    view = kron.out_view(y)
+    """y += out_scale ⊙ up(inner), inner (M, inner)."""
     in_place = kron.out_scale is None and not kron.out_shuffled
     if kron.order == "b_first":
         assert kron.a is not None
-        if in_place and _is_small(kron.a, inner.shape[2], y.shape[0]):
-            y.addmm_(inner.flatten(1), _beside_identity(kron.a, inner.shape[2]).t())
-        elif in_place:
-            view.baddbmm_(kron.a.expand(y.shape[0], -1, -1), inner)
+        size = kron.b.shape[0]
+        if in_place and _is_small(kron.a, size, y.shape[0]):
+            y.addmm_(inner, _beside_identity(kron.a, size).t())
+            return
+        inner = inner.view(y.shape[0], kron.a.shape[1], size)
+        if in_place:
+            kron.out_view(y).baddbmm_(kron.a.expand(y.shape[0], -1, -1), inner)
         else:
-            _add(view, torch.matmul(kron.a, inner), kron)
+            _add(kron.out_view(y), torch.matmul(kron.a, inner), kron)
     elif in_place:
-        view.view(-1, view.shape[2]).addmm_(inner.reshape(-1, inner.shape[2]), kron.b.t())
+        y.view(-1, kron.b.shape[0]).addmm_(inner.reshape(-1, kron.b.shape[1]), kron.b.t())
     else:
-        _add(view, torch.matmul(inner, kron.b.t()), kron)
+        _add(kron.out_view(y), torch.matmul(inner.view(y.shape[0], *kron.inner), kron.b.t()), kron)
 
 
 def _add(view: Tensor, delta: Tensor, kron: KronMap) -> None:
@@ -118,8 +130,44 @@ def _add(view: Tensor, delta: Tensor, kron: KronMap) -> None:
     view.add_(delta)
 
 
+def second_stages() -> None:
+    """Nothing is put off here."""
+
+
+def shrink_reduce(
+    x: Tensor,
+    maps: Sequence[KronMap],
+    others: Sequence[Tensor | None],
+    dtypes: Sequence[torch.dtype],
+    stages: None,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """`shrink`, and Σ xᵀ other of each map's first factor, (F, O)."""
+    gradients = [
+        None
+        if other is None
+        else reduce(first_rows(kron, x), inner_rows(kron, other), 1.0, dtype, first_scale(kron))
+        for kron, other, dtype in zip(maps, others, dtypes, strict=True)
+    ]
+    return shrink(x, maps), gradients
+
+
+def reduce_shared(
+    x: Tensor, maps: Sequence[KronMap], others: Sequence[Tensor], dtypes: Sequence[torch.dtype], stages: None
+) -> list[Tensor]:
+    """Σ otherᵀ x of each map's first factor, (O, F)."""
+    return [
+        reduce(inner_rows(kron, other), first_rows(kron, x), 1.0, dtype)
+        for kron, other, dtype in zip(maps, others, dtypes, strict=True)
+    ]
+
+
 def reduce(
-    p: Tensor, q: Tensor, scale: float | Tensor, dtype: torch.dtype, p_scale: Tensor | None = None
+    p: Tensor,
+    q: Tensor,
+    scale: float | Tensor,
+    dtype: torch.dtype,
+    p_scale: Tensor | None = None,
+    stages: None = None,
 ) -> Tensor:
     """scale · Σ_{m,g} (p_scale[g] ⊙ p[m,g])ᵀ q[m,g]: (M, G, P), (M, G, Q) -> (P, Q) in `dtype`."""
     if p_scale is not None:
@@ -128,15 +176,31 @@ def reduce(
     rows_merge = _rows_merge(p) and _rows_merge(q)
     # Sums of partial sums are as wide as these here, but would be rounded once more in 16 bits.
     if rows_merge or p.dtype in (torch.float16, torch.bfloat16):
-        out = p.reshape(-1, height).t() @ q.reshape(-1, width)
+        out = _whole_reduce(p, q)
     elif tokens >= DENSE_TOKENS and height * width * group * group <= DENSE_ELEMENTS:
         whole = p.mT.flatten(1).t() @ q.mT.flatten(1)
         out = whole.view(height, group, width, group).diagonal(dim1=1, dim2=3).sum(-1)
     elif height * width <= group * (height + width):
         out = torch.bmm(p.mT, q).sum(0)
     else:
-        out = p.reshape(-1, height).t() @ q.reshape(-1, width)
+        out = _whole_reduce(p, q)
     return (out.to(dtype) * scale) if isinstance(scale, Tensor) or scale != 1 else out.to(dtype)
+
+
+def _whole_reduce(p: Tensor, q: Tensor) -> Tensor:
+    """Σ over m and g in one GEMM of inner dimension M·G."""
+    left, right = _columns(p), _columns(q)
+    if left.shape[1] <= right.shape[1] or left.shape[0] < DENSE_TOKENS:
+        return torch.mm(left.t(), right)
+    # The narrower side first: the copy of the small result costs less than the GEMM gains.
+    return torch.mm(right.t(), left).t().contiguous()
+
+
+def _columns(view: Tensor) -> Tensor:
+    """(M, G, P) as (M·G, P); where it must be copied, runs of neighbours stay together."""
+    if _rows_merge(view) or view.stride(1) != 1:
+        return view.reshape(-1, view.shape[2])
+    return view.permute(2, 0, 1).reshape(view.shape[2], -1).t()
 
 
 def _rows_merge(view: Tensor) -> bool:

@@ -28,37 +28,37 @@ from .tails import (
 def _linear_kernel(
     x,
     weight,
-    bias_ptr,
-    base_ptr,
-    y_ptr,
-    t0_ptr,
-    l0_ptr,
-    t1_ptr,
-    l1_ptr,
-    ts_ptr,
-    factor_ptr,
-    out_scale_ptr,
-    M,
-    N,
-    K,
-    width0,
-    width1,
-    O1,
-    O2,
-    J,
     stride_xm,
     stride_xk,
     stride_wn,
     stride_wk,
+    bias_ptr,
+    base_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
     stride_bias,
     stride_base_m,
     stride_base_n,
+    t0_ptr,
+    l0_ptr,
+    width0,
     stride_t0,
     stride_l0n,
     stride_l0w,
+    t1_ptr,
+    l1_ptr,
+    width1,
     stride_t1,
     stride_l1n,
     stride_l1w,
+    ts_ptr,
+    factor_ptr,
+    out_scale_ptr,
+    O1,
+    O2,
+    J,
     stride_ts,
     stride_fo,
     stride_fj,
@@ -168,33 +168,36 @@ def linear_with_tails(
     dense: list[DenseTail],
     structured: StructuredTail | None,
     config: tuning.LinearConfig | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """y (M, N) = x Wᵀ + bias + base + Σ tails.
 
     x:        (M, K)  in any strides; not read where weight is None
     weight:   (N, K)  in any strides
     bias:     (N,)    in any stride
-    base:     (M, N)  in any strides
+    base:     (M, N)  in any strides; may be `out` itself
     features: N
     config:   None for the one that `tuning` chooses
+    out:      (M, N)  contiguous, written and returned; None for a new tensor
     """
     assert len(dense) <= DENSE_SLOTS
     tokens = x.shape[0]
-    y = new_output(x, (tokens, features))
+    y = new_output(x, (tokens, features)) if out is None else out
     if y.numel() == 0:
         return y
     kind = NO_TAIL.value if structured is None else structured.kind
     permuted = structured is not None and structured.shuffled and 1 not in structured.sides
     architecture = architecture_of(x.device)
+    transposed = weight is not None and weight.stride(1) != 1
     if config is None:
-        describable = weight is not None and not permuted and _describable(x, weight)
-        descriptors = describable and architecture.capability >= 90
+        described = weight is not None and not permuted and describable(x, weight)
+        descriptors = described and architecture.capability >= 90
         accumulators = accumulators_beside(structured, permuted)
         widest = _widest_dot(dense, structured)
-        config = tuning.linear_config(
-            architecture, x.dtype, tokens, features, widest, accumulators, descriptors
-        )
-    transposed = weight is not None and weight.stride(1) != 1
+        config = tuning.linear_choice(
+            architecture, x.dtype, tokens, features, 0 if weight is None else x.shape[1], transposed,
+            widest, accumulators, descriptors,
+        )  # fmt: skip
     arguments: dict[str, object] = {
         **_operands(x, weight, transposed, config),
         "bias_ptr": bias,
@@ -225,7 +228,7 @@ def linear_with_tails(
         "BLOCK_R": config.block_r,
         "GROUP_M": config.group_m,
     }
-    programs = triton.cdiv(tokens, config.block_m) * triton.cdiv(features, config.block_n)
+    programs = tuning.blocks(tokens, config.block_m) * tuning.blocks(features, config.block_n)
     if config.descriptors:
         programs = min(programs, architecture.multiprocessors)
     launch(_linear_kernel, programs, x.device, arguments, constants, config.warps, config.stages)
@@ -251,7 +254,7 @@ def accumulators_beside(tail: StructuredTail | None, permuted: bool) -> int:
     return tuning.UNALIGNED_ACCUMULATORS if tail.sides[1] % 16 else tuning.MIX_ACCUMULATORS
 
 
-def _describable(x: Tensor, weight: Tensor) -> bool:
+def describable(x: Tensor, weight: Tensor) -> bool:
     """Whether tensor descriptors can stand for both: x row-major, the weight in either layout."""
     return _aligned(x) and _aligned(weight if weight.stride(1) == 1 else weight.t())
 

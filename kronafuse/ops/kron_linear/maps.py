@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ...planner import Order, choose
+from ...planner import Choice, Order, choose
 from ...shapes import KronShape
+from ..calls import as_dtype
 from .terms import KronTerm
 
 MIRRORED: dict[Order, Order] = {"a_first": "b_first", "b_first": "a_first", "low_rank": "low_rank"}
 
 
-@dataclass(frozen=True)
+@lru_cache(maxsize=4096)
+def _choice(n1: int, k1: int, n2: int, k2: int, rank: int | None) -> Choice:
+    return choose(KronShape(n1, k1, n2, k2, rank))
+
+
+@dataclass(
+    eq=False, slots=True
+)  # not frozen: two are made in a call, and freezing takes as long as a small GEMM
 class KronMap:
     """out = scale · out_scale ⊙ (A ⊗ B)(in_scale ⊙ in), in a fixed order of multiplication.
 
     A is (O1, I1), B is (O2, I2) or b (O2, R) · b_down (R, I2); `in` has I1·I2 features and `out` O1·O2.
-    A shuffled side has feature index i2·I1 + i1 instead of i1·I2 + i2. Factors are in the compute dtype.
+    A shuffled side has feature index i2·I1 + i1 instead of i1·I2 + i2. Factors are in the compute dtype where the
+    backend asks for that, else in their own, and it casts them as it reads them. `dense_up` is the second product's
+    dense form where the launch of the first has built it beside.
     """
 
     a: Tensor | None
@@ -32,23 +43,27 @@ class KronMap:
     out_shuffled: bool = False
     in_scale: Tensor | None = None
     out_scale: Tensor | None = None
+    dense_up: Tensor | None = None
 
     @classmethod
-    def of(cls, term: KronTerm, dtype: torch.dtype) -> KronMap:
-        """The forward map of a term, its factors cast to `dtype`."""
-        choice = choose(KronShape.of(term.a, term.b, term.b_down))
-        a = term.a
-        if a is None and term.b_down is None:
-            a = term.b.new_ones((1, 1))
+    def of(cls, term: KronTerm, dtype: torch.dtype | None) -> KronMap:
+        """The forward map of a term, its factors cast to `dtype`; None: as they are."""
+        a, b, b_down = term.a, term.b, term.b_down
+        n1, k1 = (1, 1) if a is None else a.shape
+        n2, inner = b.shape
+        choice = (
+            _choice(n1, k1, n2, inner, None)
+            if b_down is None
+            else _choice(n1, k1, n2, b_down.shape[1], inner)
+        )
+        if a is None and b_down is None:
+            a = b.new_ones((1, 1))
+        if dtype is not None:
+            a = a if a is None else as_dtype(a, dtype)
+            b = as_dtype(b, dtype)
+            b_down = b_down if b_down is None else as_dtype(b_down, dtype)
         return cls(
-            None if a is None else a.to(dtype),
-            term.b.to(dtype),
-            None if term.b_down is None else term.b_down.to(dtype),
-            term.scale,
-            choice.order,
-            choice.thin,
-            out_shuffled=term.shuffled,
-            out_scale=term.row_scale,
+            a, b, b_down, term.scale, choice.order, choice.thin, False, term.shuffled, None, term.row_scale
         )
 
     def adjoint(self) -> KronMap:
@@ -60,15 +75,11 @@ class KronMap:
             self.scale,
             MIRRORED[self.order],
             self.thin,
-            in_shuffled=self.out_shuffled,
-            out_shuffled=self.in_shuffled,
-            in_scale=self.out_scale,
-            out_scale=self.in_scale,
+            self.out_shuffled,
+            self.in_shuffled,
+            self.out_scale,
+            self.in_scale,
         )
-
-    def unscaled(self) -> KronMap:
-        """The same map with scale 1."""
-        return replace(self, scale=1.0)
 
     @property
     def left(self) -> tuple[int, int]:
@@ -104,3 +115,29 @@ def kron_view(x: Tensor, left: int, right: int, shuffled: bool) -> Tensor:
     if shuffled:
         return x.view(x.shape[0], right, left).transpose(1, 2)
     return x.view(x.shape[0], left, right)
+
+
+def first_rows(kron: KronMap, x: Tensor) -> Tensor:
+    """(M, I1·I2) seen as (M, G, F), F the features that the first factor contracts, without a copy."""
+    view = kron.in_view(x)
+    return view.mT if kron.order == "a_first" else view
+
+
+def inner_rows(kron: KronMap, t: Tensor) -> Tensor:
+    """T (M, inner) seen as (M, G, O): the products of the first factor with the rows of `first_rows`."""
+    if kron.order == "a_first":
+        return t.view(t.shape[0], kron.left[0], kron.right[1]).mT
+    return t.view(t.shape[0], kron.left[1], first_factor(kron).shape[0])
+
+
+def first_factor(kron: KronMap) -> Tensor:
+    """The factor (O, F) that multiplies x first."""
+    if kron.order == "a_first":
+        assert kron.a is not None
+        return kron.a
+    return kron.b if kron.b_down is None else kron.b_down
+
+
+def first_scale(kron: KronMap) -> Tensor | None:
+    """in_scale as (G, F)."""
+    return None if kron.in_scale is None else first_rows(kron, kron.in_scale.unsqueeze(0)).squeeze(0)

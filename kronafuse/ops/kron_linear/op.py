@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import checks
 from ..calls import autocasts, distinct, runs_directly, scale_dtype
 from .autograd import KronGroup
-from .raw import Layout, kron_forward
+from .raw import Layout, forward
 from .terms import FrozenLinear, KronTerm, check_records
 
 
@@ -115,7 +115,7 @@ def _apply(op: str, x: Tensor, layers: Sequence[FrozenLinear], impl: str) -> lis
     layout = Layout(op, impl, tuple(counts), tuple(scales), tuple(shuffled))
     tensors = [x, *layer_tensors, *term_tensors]
     if runs_directly(tensors):
-        return kron_forward(x, layer_tensors, term_tensors, *layout)[: len(counts)]
+        return forward(x, layer_tensors, term_tensors, layout)[: len(counts)]
     return list(KronGroup.apply(layout, *(distinct(tensors) if compiling else tensors))[: len(counts)])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ... import backends, checks, planner
 from ...shapes import KronShape
 from .. import triton_reasons
-from ..calls import flat_tokens, without_autocast
+from ..calls import flat_tokens, run_op, unflat_tokens, without_autocast
 from . import algorithm, eager, reference
 from .terms import FrozenLinear, KronTerm
 
@@ -102,9 +102,9 @@ def _forward(
     chosen = backends.choose(op, IMPLEMENTATIONS, impl, x.device, x.dtype)
     with without_autocast(x.device.type):
         ys, saved = chosen.load().forward(flat_tokens(x), _flat_layers(layers))
-    # Not y.view: autograd forbids changing in place, as y += 1, what a Function returns as a view.
-    tokens = x.shape[:-1]
-    return [*(torch.ops.aten._unsafe_view.default(y, [*tokens, y.shape[-1]]) for y in ys), *saved]
+    if x.dim() != 2:
+        ys = [unflat_tokens(y, x.shape[:-1]) for y in ys]
+    return [*ys, *saved]
 
 
 def _forward_fake(
@@ -123,17 +123,24 @@ def _saved_fake(x: Tensor, tokens: int, term: KronTerm, impl: str) -> Tensor:
     return x.new_empty((tokens, width)) if width else x.new_empty(0)
 
 
-def _backward(
-    dys: list[Tensor], x: Tensor, layer_tensors: Any, term_tensors: Any, op: str, impl: str, *rest: Any
+def _gradients(
+    dys: Sequence[Tensor], x: Tensor, layer_tensors: Any, term_tensors: Any, op: str, impl: str, *rest: Any
 ) -> list[Tensor]:
+    """The gradients that are needed, in `algorithm.backward`'s order; in the others' places is no matter what."""
     *layout, saved, needs = rest
     layers = _unflatten(layer_tensors, term_tensors, Layout(op, impl, *layout))
     chosen = backends.choose(op, IMPLEMENTATIONS, impl, x.device, x.dtype)
     flat_dys = [flat_tokens(dy) for dy in dys]
     with without_autocast(x.device.type):
         grads = chosen.load().backward(flat_dys, flat_tokens(x), layers, saved, needs)
-    wanted = [grad if need else x.new_empty(0) for grad, need in zip(grads, needs, strict=True)]
-    return [wanted[0].view(x.shape), *wanted[1:]] if needs[0] else wanted
+    return [grads[0].view(x.shape), *grads[1:]] if needs[0] and x.dim() != 2 else grads
+
+
+def _backward(
+    dys: list[Tensor], x: Tensor, layer_tensors: Any, term_tensors: Any, *rest: Any
+) -> list[Tensor]:
+    grads = _gradients(dys, x, layer_tensors, term_tensors, *rest)
+    return [grad if need else x.new_empty(0) for grad, need in zip(grads, rest[-1], strict=True)]
 
 
 def _backward_fake(
@@ -174,3 +181,26 @@ for _name, _kernel, _fake in (
 
 kron_forward = torch.ops.kronafuse.kron_forward.default
 kron_backward = torch.ops.kronafuse.kron_backward.default
+
+
+def forward(x: Tensor, layer_tensors: Any, term_tensors: Any, layout: Layout) -> list[Tensor]:
+    """y of each layer, then what each term saves: `kron_forward`, or its kernel where nothing tells them apart."""
+    return run_op(
+        kron_forward, _forward, (x, *layer_tensors, *term_tensors), x, layer_tensors, term_tensors, *layout
+    )
+
+
+def backward(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    layer_tensors: Any,
+    term_tensors: Any,
+    layout: Layout,
+    saved: Any,
+    needs: Any,
+) -> list[Tensor]:
+    """The gradients in `algorithm.backward`'s order, by `kron_backward` or its kernel; only those needed count."""
+    tensors = (*dys, x, *layer_tensors, *term_tensors, *saved)
+    return run_op(
+        kron_backward, _gradients, tensors, dys, x, layer_tensors, term_tensors, *layout, saved, needs
+    )

@@ -2,59 +2,138 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from ..triton_common import scale_arguments, scale_value
+from ..triton_common import scale_value, slot_arguments, slot_scales
+from . import tuning
 
-BLOCK = 512
-"""Elements a program sums."""
+SLOTS = 4
+"""Sums that one launch finishes."""
+TILE, MOST_SPLITS = 4096, 256
+"""Partial sums that a program holds, and at most so many of one element: their loads are all under way together."""
 
 
 @triton.jit
-def _sum_kernel(
-    partial_ptr,
-    out_ptr,
-    scale,
-    scale_ptr,
-    split,
-    width,
-    first,
-    stride_part,
-    stride_row,
-    elements,
-    BLOCK: tl.constexpr,
-):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _sum_block(
+    partial_ptr, out_ptr, scale, scale_ptr, split, elements, block, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
+    """Elements block·BLOCK_E … of one output."""
+    index = block.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask = index < elements
-    parts = partial_ptr + (index // width) * stride_row + first + index % width
-    acc = tl.zeros([BLOCK], dtype=tl.float32)
-    for _ in range(split):
-        acc += tl.load(parts, mask=mask, other=0.0)
-        parts += stride_part
+    acc = tl.zeros([BLOCK_E], dtype=tl.float32)
+    for s in range(0, split, BLOCK_S):
+        offs_s = s + tl.arange(0, BLOCK_S)
+        parts = tl.load(
+            partial_ptr + offs_s[:, None].to(tl.int64) * elements + index[None, :],
+            mask=(offs_s < split)[:, None] & mask[None, :],
+            other=0.0,
+        )  # [BLOCK_S, BLOCK_E]
+        acc += tl.sum(parts, 0)
     # Rounding point: the whole sum, once.
     tl.store(out_ptr + index, (acc * scale_value(scale, scale_ptr)).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def sum_partials(partial: Tensor, out: Tensor, first: int, scale: float | Tensor) -> None:
-    """out = scale · Σ_s partial[s, :, first : first + width], out contiguous.
+@triton.jit
+def _sum_kernel(
+    partial0_ptr,
+    partial1_ptr,
+    partial2_ptr,
+    partial3_ptr,
+    out0_ptr,
+    out1_ptr,
+    out2_ptr,
+    out3_ptr,
+    scale0,
+    scale1,
+    scale2,
+    scale3,
+    scale0_ptr,
+    scale1_ptr,
+    scale2_ptr,
+    scale3_ptr,
+    split0,
+    split1,
+    split2,
+    split3,
+    elements0,
+    elements1,
+    elements2,
+    elements3,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    block = tl.program_id(0)
+    blocks = tl.cdiv(elements0, BLOCK_E)
+    if block < blocks:
+        _sum_block(partial0_ptr, out0_ptr, scale0, scale0_ptr, split0, elements0, block, BLOCK_S, BLOCK_E)
+    if partial1_ptr is not None:
+        block -= blocks
+        blocks = tl.cdiv(elements1, BLOCK_E)
+        if (block >= 0) & (block < blocks):
+            _sum_block(partial1_ptr, out1_ptr, scale1, scale1_ptr, split1, elements1, block, BLOCK_S, BLOCK_E)
+    if partial2_ptr is not None:
+        block -= blocks
+        blocks = tl.cdiv(elements2, BLOCK_E)
+        if (block >= 0) & (block < blocks):
+            _sum_block(partial2_ptr, out2_ptr, scale2, scale2_ptr, split2, elements2, block, BLOCK_S, BLOCK_E)
+    if partial3_ptr is not None:
+        block -= blocks
+        if block >= 0:
+            _sum_block(partial3_ptr, out3_ptr, scale3, scale3_ptr, split3, elements3, block, BLOCK_S, BLOCK_E)
 
-    partial: (splits, rows, W)  fp32, contiguous
-    out:     (rows, width)      any dtype
+
+class PartialSum(NamedTuple):
+    """out = scale · Σ_s partial[s].
+
+    partial: (splits, ...)  fp32, contiguous
+    out:     (...)          contiguous, any dtype
     """
-    assert partial.is_contiguous()
-    assert out.is_contiguous()
+
+    partial: Tensor
+    out: Tensor
+    scale: float | Tensor
+
+
+class SecondStages:
+    """Sums whose partial sums have been launched: `finish` launches the rest of them, SLOTS at a time."""
+
+    def __init__(self) -> None:
+        self._pending: list[PartialSum] = []
+
+    def add(self, partial: Tensor, out: Tensor, scale: float | Tensor) -> None:
+        """Adds one sum, as `PartialSum` has it."""
+        self._pending.append(PartialSum(partial, out, scale))
+
+    def finish(self) -> None:
+        """Writes every output that was added."""
+        for start in range(0, len(self._pending), SLOTS):
+            sum_partials(self._pending[start : start + SLOTS])
+        self._pending = []
+
+
+def sum_partials(sums: list[PartialSum]) -> None:
+    """Writes the outputs of up to SLOTS sums, from one launch."""
+    assert len(sums) <= SLOTS
+    partials, outs, scales = zip(*sums, strict=True)
+    splits, elements = [each.shape[0] for each in partials], [out.numel() for out in outs]
+    for partial, out, split, size in zip(partials, outs, splits, elements, strict=True):
+        assert partial.is_contiguous()
+        assert out.is_contiguous()
+        assert partial.numel() == split * size
+    block_s = min(MOST_SPLITS, 1 << (max(splits) - 1).bit_length())
+    block_e = TILE // block_s
     arguments = {
-        "partial_ptr": partial,
-        "out_ptr": out,
-        **scale_arguments(scale),
-        "split": partial.shape[0],
-        "width": out.shape[1],
-        "first": first,
-        "stride_part": partial.stride(0),
-        "stride_row": partial.stride(1),
-        "elements": out.numel(),
+        **slot_arguments("partial{}_ptr", partials, SLOTS),
+        **slot_arguments("out{}_ptr", outs, SLOTS),
+        **slot_scales(scales, SLOTS),
+        **slot_arguments("split{}", splits, SLOTS, 0),
+        **slot_arguments("elements{}", elements, SLOTS, 0),
     }
-    launch(_sum_kernel, triton.cdiv(out.numel(), BLOCK), out.device, arguments, {"BLOCK": BLOCK}, 4, 1)
+    programs = sum(tuning.blocks(size, block_e) for size in elements)
+    constants = {"BLOCK_S": block_s, "BLOCK_E": block_e}
+    launch(_sum_kernel, programs, sums[0].out.device, arguments, constants, 4, 1)

@@ -74,7 +74,7 @@ def add_dense_tail(
             l_mask = l_mask & (offs_r < width)[:, None]
         t_tile = tl.load(t_rows[:, None] + offs_r[None, :], mask=t_mask, other=0.0)
         l_tile = tl.load(l_rows[None, :] + offs_r[:, None].to(tl.int64) * stride_lw, mask=l_mask, other=0.0)
-        acc = dot(t_tile, l_tile, acc, PRECISION)
+        acc = dot(t_tile, l_tile.to(t_tile.dtype), acc, PRECISION)
     return acc
 
 
@@ -114,8 +114,8 @@ def add_block_tail(
         if out_scale_ptr is not None:
             out_scale = tl.load(out_scale_ptr + n * stride_s, mask=n_mask, other=0.0).to(tl.float32)
             # Rounding point: a row scale enters L before it is rounded.
-            b_tile = (b_tile.to(tl.float32) * out_scale[None, :]).to(b_tile.dtype)
-        acc = dot(t_tile, b_tile, acc, PRECISION)
+            b_tile = (b_tile.to(tl.float32) * out_scale[None, :]).to(t_tile.dtype)
+        acc = dot(t_tile, b_tile.to(t_tile.dtype), acc, PRECISION)
     return acc
 
 

@@ -1,0 +1,105 @@
+"""Two ways to one GEMM: fold the delta into W first, or concatenate x with T and W with L."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...ops.kron_linear.maps import kron_view
+from ...ops.kron_linear.terms import FrozenLinear, KronTerm
+from ...ops.kron_merge.op import kron_merge
+from ...planner import choose
+from ...shapes import KronShape
+from ...testing.cases import Case
+from ..problems import KronProblem, Spec
+from .arm import Arm, Built
+from .plain import adapted
+
+
+def _merge(x: Tensor, layer: FrozenLinear) -> Tensor:
+    """x (W + A ⊗ B)ᵀ; backward: dx by the merged weight, and the factors' gradients from the whole dyᵀ x."""
+    (term,) = layer.terms
+    assert layer.weight is not None
+    merged = kron_merge(
+        layer.weight, term.a, term.b, b_down=term.b_down, scale=term.scale, shuffled=term.shuffled
+    )
+    return torch.nn.functional.linear(x, merged)
+
+
+MERGE_GEMM = Arm(
+    "merge_gemm", lambda problem: adapted(problem, lambda x, layers: [_merge(x, layer) for layer in layers])
+)
+"""W + s·(A ⊗ B) in one pass, then one GEMM."""
+
+
+def _concat_reasons(spec: Spec) -> list[str]:
+    found = []
+    if spec.trains:
+        found.append("forward only: dy would have to lie in a buffer that has room for S")
+    if spec.suite == "kron_linear_group":
+        found.append("one buffer holds x and one T; three layers need three")
+    if isinstance(spec.case, Case) and not choose(spec.case.shape).thin:
+        found.append(f"T is {choose(spec.case.shape).width} wide, as x is: the GEMM would be twice as large")
+    return found
+
+
+def _concat(problem: KronProblem) -> Built:
+    """x lies in the buffer from the beginning; T and L are made anew in every call."""
+    (layer,) = problem.layers
+    (term,) = layer.terms
+    assert layer.weight is not None
+    shape = KronShape.of(term.a, term.b, term.b_down)
+    down, width = _down(term, shape)
+    k = shape.k
+    both = problem.x.new_empty(problem.x.shape[0], k + width)
+    both[:, :k] = problem.x
+    weights = layer.weight.new_empty(shape.n, k + width)
+    weights[:, :k] = layer.weight
+    x = both[:, :k]
+
+    def forward() -> list[Tensor]:
+        both[:, k:] = down(x)
+        weights[:, k:] = _up(term, shape, x.dtype)
+        return [torch.nn.functional.linear(both, weights)]
+
+    return Built(forward, {"x": problem.x})
+
+
+def _down(term: KronTerm, shape: KronShape) -> tuple[Callable[[Tensor], Tensor], int]:
+    """x -> T (M, width) in the cheapest order, and the width."""
+    order = choose(shape).order
+    if order == "low_rank":
+        assert term.b_down is not None
+        assert shape.rank is not None
+        equation, factor, width = "rk,mjk->mjr", term.b_down, shape.k1 * shape.rank
+    elif order == "a_first":
+        assert term.a is not None
+        equation, factor, width = "ij,mjk->mik", term.a, shape.n1 * shape.k2
+    else:
+        equation, factor, width = "pk,mjk->mjp", term.b, shape.k1 * shape.n2
+
+    def down(x: Tensor) -> Tensor:
+        view = kron_view(x, shape.k1, shape.k2, shuffled=False)
+        return torch.einsum(equation, factor.to(x.dtype), view).flatten(1)
+
+    return down, width
+
+
+def _up(term: KronTerm, shape: KronShape, dtype: torch.dtype) -> Tensor:
+    """L (N, width) with ΔY = T Lᵀ."""
+    order, b = choose(shape).order, term.b.to(dtype)
+    a = b.new_ones((1, 1)) if term.a is None else term.a.to(dtype)
+    if order == "a_first":
+        a = torch.eye(shape.n1, dtype=dtype, device=b.device)
+    elif order == "b_first":
+        b = torch.eye(shape.n2, dtype=dtype, device=b.device)
+    up = torch.kron(a, b)
+    if term.shuffled:
+        up = up.view(shape.n1, shape.n2, -1).transpose(0, 1).flatten(0, 1)
+    return up
+
+
+CONCAT_GEMM = Arm("concat_gemm", _concat, _concat_reasons)
+"""[x | T] [W | L]ᵀ in one GEMM."""

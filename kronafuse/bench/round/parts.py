@@ -1,0 +1,197 @@
+"""The parts of a round on a GPU box: what each runs, and what rules it out on this machine.
+
+Correctness comes first, since figures of a wrong kernel say nothing. Tuning comes before the core cases, which
+read the table it wrote; each log begins with the command and the variables it was given. The time of the parts
+to come is kept for them, so the order decides what is known first, not what is dropped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .run import Command, Part
+
+ROUND_SECONDS = 540.0
+"""The longest round: 9 minutes."""
+
+BUDGETS = {"tests": 110.0, "tune": 90.0, "core": 250.0, "sanitizer": 60.0}
+"""Seconds of each part in a whole round, in the order in which they run."""
+
+TEST_FOLDERS = ("ops", "models")
+"""Under the tests' folder: the operators, and adapters on small models."""
+
+SANITIZER_TESTS = ("ops/test_triton.py", "ops/test_bottleneck_triton.py")
+SANITIZER_CASES = "test_op and float16 and chosen or test_every_element_is_written and float16"
+"""Each operator's whole forward and backward on the small cases, in one dtype."""
+
+TUNED, TUNED_VARIABLE = "tuned.json", "KRONAFUSE_TUNED"
+"""The table that tuning writes, and the variable under which the kernels read it."""
+
+CORE_SUITES = {"kron_linear": 3.0, "kron_linear_group": 1.0, "bottleneck": 1.0}
+"""Suite -> its share of the core part's time."""
+
+MARGIN_SECONDS = 15.0
+"""Between the time that a command is told and the time after which it is stopped."""
+
+KRONAFUSE = (sys.executable, "-m", "kronafuse", "bench")
+PYTEST = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider")
+"""Without a cache, so that the tests may lie in a folder that cannot be written to."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """What the parts depend on of the machine.
+
+    tests:   the folder of the tests, or None where there is none
+    workers: processes that the tests are spread over; 1 without pytest-xdist
+    """
+
+    has_cuda: bool
+    tests: Path | None
+    has_pytest: bool
+    has_sanitizer: bool
+    workers: int = 1
+
+    @classmethod
+    def here(cls, tests: Path | None) -> Box:
+        """This machine; tests are looked for in the current folder where `tests` is None."""
+        return cls(
+            has_cuda=torch.cuda.is_available(),
+            tests=find_tests(tests),
+            has_pytest=importlib.util.find_spec("pytest") is not None,
+            has_sanitizer=shutil.which("compute-sanitizer") is not None,
+            workers=_workers(),
+        )
+
+
+def find_tests(folder: Path | None) -> Path | None:
+    """The folder of the tests: the named one, or that of the current folder. ValueError where a named one is none."""
+    found = Path("tests") if folder is None else folder
+    if all((found / each).is_dir() for each in TEST_FOLDERS):
+        return found.resolve()
+    if folder is not None:
+        needed = ", ".join(f"{folder / each}" for each in TEST_FOLDERS)
+        raise ValueError(f"bench all: --tests must be the folder of kronafuse's tests, which has {needed}")
+    return None
+
+
+def parts_of(box: Box) -> list[Part]:
+    """The parts of a round on this machine, in order."""
+    reasons = {
+        "tests": (*_no_cuda(box), *_no_tests(box)),
+        "core": (),
+        "tune": _no_cuda(box),
+        "sanitizer": (
+            *_no_cuda(box),
+            *(() if box.has_sanitizer else ("compute-sanitizer is not on PATH",)),
+            *_no_tests(box),
+        ),
+    }
+    commands: dict[str, Callable[[Path, float], Sequence[Command]]] = {
+        "tests": lambda folder, _seconds: test_commands(_tests_of(box), folder, box.workers),
+        "core": lambda folder, seconds: core_commands(folder, seconds, has_cuda=box.has_cuda),
+        "tune": tune_commands,
+        "sanitizer": lambda _folder, _seconds: sanitizer_commands(_tests_of(box)),
+    }
+    return [Part(name, budget, reasons[name], commands[name]) for name, budget in BUDGETS.items()]
+
+
+def test_commands(tests: Path, folder: Path, workers: int) -> list[Command]:
+    """The tests that need a GPU, then the operators' other tests, which run on CUDA where there is one."""
+    words = (*PYTEST, *(("-n", str(workers)) if workers > 1 else ()))
+    paths = [str(tests / each) for each in TEST_FOLDERS]
+    operators = [str(tests / "ops"), "--ignore", str(tests / "ops" / "test_aot.py")]
+    return [
+        Command((*words, *paths, "-m", "gpu", "--junitxml", str(folder / "tests_gpu.xml")), "tests_gpu.log"),
+        Command(
+            (*words, *operators, "-m", "not gpu and not slow", "--junitxml", str(folder / "tests_ops.xml")),
+            "tests_ops.log",
+        ),
+    ]
+
+
+def tune_commands(folder: Path, seconds: float) -> list[Command]:
+    """The core cases' configurations."""
+    words = (*KRONAFUSE, "tune", "--seconds", _told(seconds), "--out", str(folder / TUNED))
+    return [Command(words, "tune.log")]
+
+
+def core_commands(folder: Path, seconds: float, *, has_cuda: bool) -> list[Command]:
+    """Every suite's core cases with all baselines; on a CPU the quick ones. Reads this round's tuned table."""
+    table = folder / TUNED
+    environment = {TUNED_VARIABLE: str(table)} if table.exists() else {}
+    chosen = ("--set", "core" if has_cuda else "quick")
+    whole = sum(CORE_SUITES.values())
+    return [
+        Command(
+            (
+                *KRONAFUSE, suite, *chosen, "--budget", _told(seconds * share / whole),
+                "--out", str(folder / f"{suite}.json"),
+            ),
+            f"{suite}.log",
+            share,
+            environment,
+        )
+        for suite, share in CORE_SUITES.items()
+    ]  # fmt: skip
+
+
+def _told(seconds: float) -> str:
+    """The time that a command is told it has."""
+    return f"{max(seconds - MARGIN_SECONDS, seconds / 2):.0f}"
+
+
+def sanitizer_commands(tests: Path) -> list[Command]:
+    """compute-sanitizer's memcheck and racecheck over the operators' small cases."""
+    paths = [str(tests / each) for each in SANITIZER_TESTS]
+    return [
+        Command(
+            (
+                "compute-sanitizer",
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "1",
+                *PYTEST,
+                *paths,
+                "-k",
+                SANITIZER_CASES,
+            ),
+            f"sanitizer_{tool}.log",
+            # Without torch's cache every tensor is an allocation of its own, so reads past its end are seen.
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
+        for tool in ("memcheck", "racecheck")
+    ]
+
+
+def _tests_of(box: Box) -> Path:
+    assert box.tests is not None  # the part has a reason against it otherwise
+    return box.tests
+
+
+def _workers() -> int:
+    """Half of the cores, at most 8: every process compiles kernels, and all share the GPU."""
+    if importlib.util.find_spec("xdist") is None:
+        return 1
+    return max(1, min(8, (os.cpu_count() or 1) // 2))
+
+
+def _no_cuda(box: Box) -> tuple[str, ...]:
+    return () if box.has_cuda else ("no CUDA device",)
+
+
+def _no_tests(box: Box) -> tuple[str, ...]:
+    if not box.has_pytest:
+        return ("pytest is not installed",)
+    if box.tests is None:
+        return ("the tests are not here: run it in the repository, or pass --tests",)
+    return ()

@@ -1,0 +1,315 @@
+"""What was promised, against what was measured: per case, and in the geometric mean.
+
+On CUDA the figures are of device time by graph replay in bfloat16, over cases whose frozen layer takes at least
+`LONG_US`; a smaller one may instead take the launches it makes, each as long as an empty one, and a tenth more.
+On a CPU they are of wall time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..testing.bottleneck_cases import CASES as BOTTLENECK_CASES
+from ..testing.cases import CASES
+from .best import Problem, by_problem, mean_of, same_time, times_faster
+from .records import Ceilings, Results, Row, Verdict
+
+LONG_US = 15.0
+LAUNCH_SLACK = 1.1
+TO_FROZEN = {
+    (True, "forward"): 1.18,
+    (True, "forward_backward"): 1.25,
+    (False, "forward"): 1.20,
+    (False, "forward_backward"): 1.30,
+}
+"""Thin or fat, and mode -> largest ratio to the frozen layer."""
+LYCORIS_ARMS = ("lycoris_rebuild", "lycoris_bypass", "lycoris_bypass_triton")
+FASTER_THAN_LYCORIS, FASTER_THAN_AUTOCAST, FASTER_THAN_PEFT = 1.3, 2.2, 4.0
+HOST_US = 15.0
+"""Host time of our CUDA implementation beyond the frozen layer's, with gradients."""
+COPY_SHARE, NARROW, BOTTLENECK_FASTER = 0.75, 160, 2.0
+"""Of the copy bandwidth, forward, at widths up to NARROW; times faster than eager, forward and backward."""
+CPU_FASTER = {"sdxl_1280-krona_64x4": 2.0, "sdxl_1280-lokr_f8": 1.5}
+CPU_TOKENS = 2048
+"""Case -> times faster than PEFT LoKr, forward and backward in float32 at so many tokens."""
+
+Arms = Mapping[str, Row]
+Measured = Mapping[Problem, Arms]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise: its limit in words, the figure, over how many cases, and whether it is kept."""
+
+    name: str
+    limit: str
+    figure: str
+    cases: int
+    verdict: Verdict
+
+
+def targets(results: Results) -> list[Target]:
+    """All targets of the machine that ran; without a case to judge one by, it is not measured."""
+    measured = by_problem(results.rows)
+    if results.machine.gpu is None:
+        return _cpu(measured)
+    found = []
+    for impl in dict.fromkeys(row.impl for row in results.rows if row.impl in ("triton", "cuda")):
+        found += _cuda(measured, f"ours_{impl}", results.ceilings)
+    return found
+
+
+def lines(results: Results) -> list[str]:
+    """The targets, one a line."""
+    return [
+        f"target {each.verdict}: {each.name}, {each.limit}: {each.figure} ({each.cases} cases)"
+        for each in targets(results)
+    ]
+
+
+def judged(rows: Sequence[Row], ceilings: Ceilings | None) -> list[Row]:
+    """The rows of one case, ours with the target of the case and whether it is met."""
+    arms = next(iter(by_problem(rows).values()), {})
+    return [
+        _judged(row, arms, ceilings) if row.impl is not None and row.error is None else row for row in rows
+    ]
+
+
+def _judged(row: Row, arms: Arms, ceilings: Ceilings | None) -> Row:
+    if row.device_us is None:
+        chain = arms.get("chain" if row.suite == "bottleneck" else "einsum")
+        if chain is None or row.arm == chain.arm:
+            return row
+        return replace(row, target="no slower than the chain", verdict=_verdict(_no_slower(row, chain)))
+    if row.suite == "bottleneck":
+        return _judged_bottleneck(row, ceilings)
+    limit = TO_FROZEN[bool(row.thin), row.mode]
+    if row.ratio_to_frozen is None:
+        return row
+    met = row.ratio_to_frozen <= limit or within_launches(row, arms, ceilings)
+    return replace(row, target=f"≤ {limit} × frozen", verdict=_verdict(met))
+
+
+def _judged_bottleneck(row: Row, ceilings: Ceilings | None) -> Row:
+    share = copy_share(row, ceilings)
+    if row.mode == "forward_backward" and row.ratio_to_chain is not None:
+        met = row.ratio_to_chain <= 1 / BOTTLENECK_FASTER
+        return replace(row, target=f"≥ {BOTTLENECK_FASTER} × eager", verdict=_verdict(met))
+    if row.mode == "forward" and share is not None and _narrow(row):
+        return replace(row, target=f"≥ {COPY_SHARE:.0%} of copy", verdict=_verdict(share >= COPY_SHARE))
+    return row
+
+
+def is_long(arms: Arms) -> bool:
+    """Whether the frozen layer takes long enough for ratios to say something."""
+    frozen = arms.get("frozen")
+    return frozen is not None and frozen.device_us is not None and frozen.device_us.median >= LONG_US
+
+
+def within_launches(row: Row, arms: Arms, ceilings: Ceilings | None) -> bool:
+    """Whether a small case takes no longer than its launches and a tenth."""
+    if is_long(arms) or ceilings is None or ceilings.launch_us is None or row.launches is None:
+        return False
+    assert row.device_us is not None
+    return row.device_us.median <= LAUNCH_SLACK * row.launches * ceilings.launch_us
+
+
+def copy_share(row: Row, ceilings: Ceilings | None) -> float | None:
+    """Bytes that must move, over the time, as a part of the copy bandwidth."""
+    if ceilings is None or row.bytes_moved is None or row.time_us is None:
+        return None
+    return row.bytes_moved / (row.time_us.median * 1e-6) / ceilings.copy_bytes_per_s
+
+
+def _narrow(row: Row) -> bool:
+    case = BOTTLENECK_CASES.get(row.case)
+    return case is not None and case.width <= NARROW
+
+
+def _no_slower(row: Row, other: Row) -> bool:
+    return times_faster(row, other) >= 1 or same_time(row, other)
+
+
+def _verdict(met: bool) -> Verdict:
+    return "met" if met else "missed"
+
+
+def _at_most(name: str, limit: float, ratios: Sequence[float], unit: str = "") -> Target:
+    """The geometric mean against its largest allowed value."""
+    return _mean(name, f"at most {limit}{unit}", ratios, lambda mean: mean <= limit)
+
+
+def _at_least(name: str, limit: float, ratios: Sequence[float]) -> Target:
+    return _mean(name, f"at least {limit} times faster", ratios, lambda mean: mean >= limit)
+
+
+def _mean(name: str, limit: str, ratios: Sequence[float], keeps: Callable[[float], bool]) -> Target:
+    mean = mean_of(ratios)
+    if mean is None:
+        return Target(name, limit, "", 0, "not measured")
+    figure = f"geometric mean {mean:.3g}, {min(ratios):.3g} to {max(ratios):.3g}"
+    return Target(name, limit, figure, len(ratios), _verdict(keeps(mean)))
+
+
+def _every(
+    name: str, limit: str, values: Sequence[float], keeps: Callable[[float], bool], unit: str
+) -> Target:
+    """What must hold of each case."""
+    if not values:
+        return Target(name, limit, "", 0, "not measured")
+    kept = sum(map(keeps, values))
+    figure = f"{kept} of {len(values)} within, {min(values):.3g} to {max(values):.3g}{unit}"
+    return Target(name, limit, figure, len(values), _verdict(kept == len(values)))
+
+
+def _cuda(measured: Measured, arm: str, ceilings: Ceilings | None) -> list[Target]:
+    found = []
+    long = [
+        arms
+        for (suite, *_, dtype, _mode), arms in measured.items()
+        if suite == "kron_linear" and dtype == "bfloat16" and arm in arms and is_long(arms)
+    ]
+    for (thin, mode), limit in TO_FROZEN.items():
+        ratios = [
+            arms[arm].ratio_to_frozen for arms in long if (arms[arm].thin, arms[arm].mode) == (thin, mode)
+        ]
+        kind = "thin" if thin else "fat"
+        found.append(_at_most(f"{arm}, {kind}, {mode}", limit, _known(ratios), " × frozen"))
+    training = [arms for arms in long if arms[arm].mode == "forward_backward"]
+    lycoris = [ratio for arms in training if (ratio := _faster(arms, arm, LYCORIS_ARMS)) is not None]
+    found.append(_at_least(f"{arm}, LyCORIS' best mode, forward_backward", FASTER_THAN_LYCORIS, lycoris))
+    found.append(
+        _every(f"{arm}, LyCORIS' best mode, each case", "no slower", lycoris, lambda r: r >= 1, " ×")
+    )
+    for other, limit in (("peft_lokr_autocast", FASTER_THAN_AUTOCAST), ("peft_lokr", FASTER_THAN_PEFT)):
+        ratios = [_faster(arms, arm, (other,)) for arms in training]
+        found.append(_at_least(f"{arm}, {other}, forward_backward", limit, _known(ratios)))
+    small = [
+        arms
+        for (suite, *_, dtype, _mode), arms in measured.items()
+        if suite == "kron_linear"
+        and dtype == "bfloat16"
+        and arm in arms
+        and "frozen" in arms
+        and not is_long(arms)
+    ]
+    shares = [share for arms in small if (share := _launch_share(arms[arm], ceilings)) is not None]
+    found.append(
+        _every(
+            f"{arm}, frozen layer below {LONG_US:.0f} µs", f"at most {LAUNCH_SLACK} × its launches", shares,
+            lambda share: share <= LAUNCH_SLACK, " ×",
+        )
+    )  # fmt: skip
+    if arm == "ours_cuda":
+        host = [_host_beyond(arms, arm) for arms in (*long, *small) if arms[arm].mode == "forward_backward"]
+        found.append(
+            _every(
+                f"{arm}, host time beyond frozen", f"at most {HOST_US:.0f} µs", _known(host),
+                lambda spent: spent <= HOST_US, " µs",
+            )
+        )  # fmt: skip
+    found.append(_memory(long, arm))
+    return found + _cuda_bottleneck(measured, arm, ceilings)
+
+
+def _cuda_bottleneck(measured: Measured, arm: str, ceilings: Ceilings | None) -> list[Target]:
+    rows = [arms[arm] for (suite, *_), arms in measured.items() if suite == "bottleneck" and arm in arms]
+    rows = [row for row in rows if row.dtype == "bfloat16" and _narrow(row)]
+    shares = [copy_share(row, ceilings) for row in rows if row.mode == "forward"]
+    ratios = [row.ratio_to_chain for row in rows if row.mode == "forward_backward"]
+    return [
+        _mean(
+            f"{arm}, bottleneck, forward", f"at least {COPY_SHARE:.0%} of the copy bandwidth", _known(shares),
+            lambda mean: mean >= COPY_SHARE,
+        ),
+        _at_least(
+            f"{arm}, bottleneck, eager chain, forward_backward", BOTTLENECK_FASTER,
+            [1 / ratio for ratio in _known(ratios)],
+        ),
+    ]  # fmt: skip
+
+
+def _memory(long: Sequence[Arms], arm: str) -> Target:
+    """What a forward allocates beyond y and a thin T, over the smallest buffer that must not be there."""
+    shares = []
+    for arms in long:
+        row, case = arms[arm], CASES.get(arms[arm].case)
+        if row.mode != "forward" or row.peak_bytes is None or case is None:
+            continue
+        size = 2
+        y, dense = row.tokens * case.shape.n * size, case.shape.n * case.shape.k * size
+        forbidden = dense if row.thin else min(dense, y)
+        thin_t = row.tokens * min(256, case.shape.k // 4) * size if row.thin else 0
+        shares.append(max(0.0, row.peak_bytes - y - thin_t) / forbidden)
+    return _every(
+        f"{arm}, memory beyond y, forward",
+        "no N×K, nothing M×N",
+        shares,
+        lambda share: share < 1,
+        " × such a buffer",
+    )
+
+
+def _launch_share(row: Row, ceilings: Ceilings | None) -> float | None:
+    if ceilings is None or ceilings.launch_us is None or not row.launches or row.device_us is None:
+        return None
+    return row.device_us.median / (row.launches * ceilings.launch_us)
+
+
+def _host_beyond(arms: Arms, arm: str) -> float | None:
+    ours, frozen = arms[arm].host_us, arms["frozen"].host_us
+    return None if ours is None or frozen is None else ours.median - frozen.median
+
+
+def _faster(arms: Arms, arm: str, others: Sequence[str]) -> float | None:
+    """How many times faster than the fastest of the others; None where none of them ran."""
+    ratios = [times_faster(arms[arm], arms[other]) for other in others if other in arms]
+    return min(ratios, default=None)
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _cpu(measured: Measured) -> list[Target]:
+    found = []
+    for suites, chain, what in (
+        (("kron_linear", "kron_linear_group"), "einsum", "adapted layers"),
+        (("bottleneck",), "chain", "bottlenecks"),
+    ):
+        pairs = [
+            (ours, arms[chain])
+            for (suite, *_), arms in measured.items()
+            if suite in suites and chain in arms and (ours := _fastest_of_ours(arms)) is not None
+        ]
+        ratios = [1 / times_faster(ours, other) for ours, other in pairs]
+        slower = sum(not _no_slower(ours, other) for ours, other in pairs)
+        limit = (
+            "nowhere slower than the best eager order"
+            if chain == "einsum"
+            else "nowhere slower than the chain"
+        )
+        figure = f"slower on {slower}, ratios {min(ratios):.2f} to {max(ratios):.2f}" if pairs else ""
+        verdict: Verdict = _verdict(slower == 0) if pairs else "not measured"
+        found.append(Target(f"ours, {what}", limit, figure, len(pairs), verdict))
+    for case, limit in CPU_FASTER.items():
+        rows = [
+            arms
+            for (suite, name, _batch, tokens, dtype, mode), arms in measured.items()
+            if (suite, name, tokens, dtype, mode)
+            == ("kron_linear", case, CPU_TOKENS, "float32", "forward_backward")
+        ]
+        ratios = [
+            times_faster(ours, arms["peft_lokr"])
+            for arms in rows
+            if "peft_lokr" in arms and (ours := _fastest_of_ours(arms)) is not None
+        ]
+        found.append(_at_least(f"ours, PEFT LoKr, {case}, {CPU_TOKENS} tokens", limit, ratios))
+    return found
+
+
+def _fastest_of_ours(arms: Arms) -> Row | None:
+    """What `auto` could pick."""
+    ours = [row for row in arms.values() if row.impl is not None and row.time_us is not None]
+    return min(ours, key=lambda row: row.time_us.median if row.time_us else 0.0, default=None)
