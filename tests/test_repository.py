@@ -46,6 +46,8 @@ INSIDE_AN_OP = {
     "maps": 1,
     "ref": 1,
     "tuning": 1,
+    "one_pass_tuning": 2,
+    "reduction_tuning": 2,
     "reference": 2,
     "gradients": 2,
     "algorithm": 2,

@@ -10,7 +10,7 @@ import torch
 
 from ..ops import kernel_costs
 from ..ops.bottleneck import tuning as bottleneck_tuning
-from ..ops.kron_linear import route, tuning
+from ..ops.kron_linear import one_pass_tuning, reduction_tuning, route, tuning
 from ..ops.tuned import KEYS, Choice
 
 
@@ -81,7 +81,7 @@ def _linear_us(choice: Choice, config: Any) -> float:
 def _one_pass(choice: Choice) -> Iterator[Any]:
     sizes = values_of(choice)
     yield from _staged(
-        tuning.one_pass_candidates(
+        one_pass_tuning.one_pass_candidates(
             choice.architecture, sizes["dtype"], sizes["o1"], sizes["o2"], sizes["descriptors"]
         )
     )
@@ -97,7 +97,7 @@ def _one_pass_us(choice: Choice, config: Any) -> float:
 
 def _mix(choice: Choice) -> Iterator[Any]:
     sizes = values_of(choice)
-    return tuning.mix_candidates(sizes["dtype"], sizes["out"], sizes["features"])
+    return reduction_tuning.mix_candidates(sizes["dtype"], sizes["out"], sizes["features"])
 
 
 def _bottleneck(choice: Choice) -> Iterator[Any]:
@@ -135,17 +135,21 @@ def _by_sizes(predict: Callable[..., float]) -> Callable[[Choice, Any], float]:
 
 TUNABLES: Mapping[str, Tunable] = {
     "linear": Tunable(tuning.LinearConfig, _linear, _linear_us),
-    "one_pass": Tunable(tuning.OnePassConfig, _one_pass, _one_pass_us, _with("o1", "o2")),
+    "one_pass": Tunable(one_pass_tuning.OnePassConfig, _one_pass, _one_pass_us, _with("o1", "o2")),
     "shrink": Tunable(
-        tuning.ShrinkConfig, _of_sizes(tuning.shrink_candidates), _by_sizes(kernel_costs.shrink_us)
+        reduction_tuning.ShrinkConfig,
+        _of_sizes(reduction_tuning.shrink_candidates),
+        _by_sizes(kernel_costs.shrink_us),
     ),
-    "mix": Tunable(tuning.MixConfig, _mix, _by_sizes(kernel_costs.mix_us)),
+    "mix": Tunable(reduction_tuning.MixConfig, _mix, _by_sizes(kernel_costs.mix_us)),
     "reduce": Tunable(
-        tuning.ReduceConfig, _of_sizes(tuning.reduce_candidates), _by_sizes(kernel_costs.reduce_us)
+        reduction_tuning.ReduceConfig,
+        _of_sizes(reduction_tuning.reduce_candidates),
+        _by_sizes(kernel_costs.reduce_us),
     ),
     "shrink_reduce": Tunable(
-        tuning.ShrinkReduceConfig,
-        _of_sizes(tuning.shrink_reduce_candidates),
+        reduction_tuning.ShrinkReduceConfig,
+        _of_sizes(reduction_tuning.shrink_reduce_candidates),
         _by_sizes(kernel_costs.shrink_reduce_us),
         lambda choice: choice.values,
     ),

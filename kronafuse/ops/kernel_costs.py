@@ -12,14 +12,9 @@ from .launch import Architecture
 
 if TYPE_CHECKING:
     from .bottleneck.tuning import BottleneckConfig
-    from .kron_linear.tuning import (
-        LinearConfig,
-        MixConfig,
-        OnePassConfig,
-        ReduceConfig,
-        ShrinkConfig,
-        ShrinkReduceConfig,
-    )
+    from .kron_linear.one_pass_tuning import OnePassConfig
+    from .kron_linear.reduction_tuning import MixConfig, ReduceConfig, ShrinkConfig, ShrinkReduceConfig
+    from .kron_linear.tuning import LinearConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import checks
 from ..ops.bottleneck.call import Call, Needs
-from ..ops.kron_linear import tuning
+from ..ops.kron_linear import one_pass_tuning, tuning
 from ..ops.kron_linear.algorithm import backward, forward
 from ..ops.kron_linear.terms import FrozenLinear, KronTerm
 from ..ops.launch import Architecture
@@ -200,7 +200,7 @@ def one_pass_tiles(architecture: Architecture, dtype: torch.dtype) -> Iterator[P
     shape, descriptors = case.shape, architecture.capability >= 90
     x, weight = meta(case.tokens, shape.k, dtype=dtype), meta(shape.n, shape.k, dtype=dtype)
     kron = KronMap.of(_term(case, dtype, META, everything=False), dtype)
-    for config in tuning.one_pass_candidates(architecture, dtype, shape.n1, shape.n2, descriptors):
+    for config in one_pass_tuning.one_pass_candidates(architecture, dtype, shape.n1, shape.n2, descriptors):
         yield (
             f"one_pass-{config.block_m}x{config.block_n}x{config.block_k}-{config.groups}-{config.span}",
             partial(linear_in_one_pass, x, weight, None, None, kron, config),

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops import kernel_costs
 from ..ops.bottleneck.tuning import BottleneckConfig
 from ..ops.costs import elementwise_us, sum_us
-from ..ops.kron_linear import tuning
+from ..ops.kron_linear import one_pass_tuning, reduction_tuning, tuning
 from ..ops.launch import Architecture, Launch
 
 
@@ -48,7 +48,7 @@ def _one_pass(architecture: Architecture, launch: Launch, of: dict[str, Any]) ->
         of["weight"] is not None,
         of["base_ptr"] is not None,
     )
-    config = tuning.OnePassConfig(
+    config = one_pass_tuning.OnePassConfig(
         of["BLOCK_M"], of["BLOCK_N"], of["BLOCK_K"], of["GROUP_M"], launch.warps, launch.stages, of["GROUPS"],
         of["span"], of["DESCRIPTORS"],
     )  # fmt: skip
@@ -57,7 +57,7 @@ def _one_pass(architecture: Architecture, launch: Launch, of: dict[str, Any]) ->
 
 def _shrink(architecture: Architecture, launch: Launch, of: dict[str, Any]) -> float:
     dtype = of["x_ptr"].dtype
-    config = tuning.ShrinkConfig(
+    config = reduction_tuning.ShrinkConfig(
         of["BLOCK_M"],
         of["BLOCK_W"],
         of["BLOCK_K"],
@@ -71,14 +71,16 @@ def _shrink(architecture: Architecture, launch: Launch, of: dict[str, Any]) -> f
 
 
 def _mix(architecture: Architecture, launch: Launch, of: dict[str, Any]) -> float:
-    config = tuning.MixConfig(of["BLOCK_J"], of["BLOCK_O"], of["BLOCK_I"], launch.warps, launch.stages)
+    config = reduction_tuning.MixConfig(
+        of["BLOCK_J"], of["BLOCK_O"], of["BLOCK_I"], launch.warps, launch.stages
+    )
     out = of["COUNT"] * of["O1"]
     return kernel_costs.mix_us(architecture, of["p_ptr"].dtype, of["elements"], out, of["I1"], config)
 
 
 def _reduce(architecture: Architecture, launch: Launch, of: dict[str, Any]) -> float:
     dtype, height = of["p0_ptr"].dtype, of["COUNT"] * of["P"]
-    config = tuning.ReduceConfig(
+    config = reduction_tuning.ReduceConfig(
         of["BLOCK_R"], of["BLOCK_P"], of["BLOCK_Q"], of["SPLIT"], launch.warps, launch.stages
     )
     both = kernel_costs.reduce_us(architecture, dtype, of["rows"], height, of["Q"], config)
@@ -87,7 +89,7 @@ def _reduce(architecture: Architecture, launch: Launch, of: dict[str, Any]) -> f
 
 def _shrink_reduce(architecture: Architecture, launch: Launch, of: dict[str, Any]) -> float:
     dtype, split = of["x_ptr"].dtype, of["split"]
-    config = tuning.ShrinkReduceConfig(
+    config = reduction_tuning.ShrinkReduceConfig(
         of["BLOCK_R"], of["BLOCK_F"], of["BLOCK_L"], of["BLOCK_O"], split, launch.warps, launch.stages
     )
     both = kernel_costs.shrink_reduce_us(architecture, dtype, of["rows"], of["F"], of["O"], config)

@@ -9,7 +9,7 @@ import torch
 from kronafuse.ops import costs, kernel_costs, tuned
 from kronafuse.ops.costs import PEAKS, Work, predicted_us
 from kronafuse.ops.kernel_costs import LinearSizes, linear_us
-from kronafuse.ops.kron_linear import tuning
+from kronafuse.ops.kron_linear import reduction_tuning, tuning
 from kronafuse.ops.launch import Architecture, recording
 
 H200, A100 = Architecture(90, 132), Architecture(80, 108)
@@ -84,7 +84,7 @@ def test_shrink_is_bound_by_memory_where_there_are_many_rows():
     rows, features = 262144, 320
     times = {
         width: kernel_costs.shrink_us(
-            H200, BF16, rows, width, features, tuning.shrink_config(BF16, rows, width, features)
+            H200, BF16, rows, width, features, reduction_tuning.shrink_config(BF16, rows, width, features)
         )
         for width in (16, 64)
     }
@@ -96,7 +96,7 @@ def test_shrink_is_bound_by_memory_where_there_are_many_rows():
 def test_split_pays_where_rows_are_few():
     """A sum of its own costs a launch: it pays behind a long K and few rows alone."""
     split = {
-        (rows, features): tuning.shrink_config(BF16, rows, 80, features).split
+        (rows, features): reduction_tuning.shrink_config(BF16, rows, 80, features).split
         for rows in (256, 65536)
         for features in (320, 5120)
     }
@@ -185,7 +185,7 @@ def test_a_launch_is_predicted_as_its_choice_was():
         train_step(FAST[0], BF16)
     (shrink,) = [launch for launch in launches if launch.kernel.__name__ == "_shrink_kernel"]
     (choice,) = [choice for choice in asked if choice.kernel == "shrink"]
-    config = tuning.shrink_config(*choice.values)
+    config = reduction_tuning.shrink_config(*choice.values)
     second_us = costs.sum_us(H200, config.split, choice.values[1] * choice.values[2], BF16.itemsize)
     expected = kernel_costs.shrink_us(H200, *choice.values, config)
     assert launch_us(H200, shrink) == pytest.approx(expected - second_us)

@@ -244,13 +244,14 @@ def test_the_planned_backward_on_triton():
     assert 0 < macs <= 0.16 * tokens * case.shape.n * case.shape.k
 
 
-def test_nothing_wide_is_saved():
-    """What forward keeps beside x and the factors is T of thin terms, to the byte that the planner says."""
+@pytest.mark.parametrize("tokens", [16, 4096])
+def test_nothing_wide_is_saved(tokens):
+    """What forward keeps beside x and the factors is T where it is thin or small, to the byte that the planner says."""
     from kronafuse import plan
 
     for name in ("sd15_320-krona_64x4", "sd15_320-lokr_f8", "sd15_320-lokr_f8_r16"):
         case = CASES[name]
-        x, layer = case_inputs(case, torch.float32, tokens=16)
+        x, layer = case_inputs(case, torch.float32, tokens=tokens)
         term = layer.terms[0]._replace(
             **{part: getattr(layer.terms[0], part).requires_grad_() for part in ("a", "b")}
         )
@@ -260,8 +261,9 @@ def test_nothing_wide_is_saved():
         own = {t.data_ptr() for t in tensors_of(x, [layer]).values()}
         extra = sum(t.numel() * t.element_size() for t in kept if t.data_ptr() not in own)
         shape = case.shape
-        expected = plan(16, shape.n1, shape.k1, shape.n2, shape.k2, rank=shape.rank, dtype=torch.float32)
+        expected = plan(tokens, shape.n1, shape.k1, shape.n2, shape.k2, rank=shape.rank, dtype=torch.float32)
         assert extra == expected.saved_bytes, name
+        assert expected.thin or (expected.saved_bytes == 0) == (tokens == 4096)
 
 
 @pytest.mark.parametrize("adapter", ["krona_64x4", "krona_4x64", "lokr_f8", "lokr_f8_r16"])

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from kronafuse import FrozenLinear, KronTerm, kron_linear_group
 from kronafuse.ops import launch as launching
-from kronafuse.ops.kron_linear import eager, kernels, tuning
+from kronafuse.ops.kron_linear import eager, kernels, reduction_tuning, tuning
 from kronafuse.ops.kron_linear.maps import KronMap
 from kronafuse.ops.kron_linear.tails import BLOCK_TAIL, ELEMENTWISE_TAIL, MIX_TAIL
 from kronafuse.ops.outputs import new_output, poisoned
@@ -39,17 +39,23 @@ def configurations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     def linear_config(*arguments: Any) -> tuning.LinearConfig:
         return replace(chosen(*arguments), block_m=16, block_n=16, block_k=16, block_r=16, group_m=2)
 
-    def shrink_config(_dtype: torch.dtype, _rows: int, _width: int, features: int) -> tuning.ShrinkConfig:
+    def shrink_config(
+        _dtype: torch.dtype, _rows: int, _width: int, features: int
+    ) -> reduction_tuning.ShrinkConfig:
         steps = tuning.blocks(tuning.blocks(features, 16), 3)
-        return tuning.ShrinkConfig(16, 16, 16, tuning.blocks(features, steps * 16), steps * 16, 4, 2)
+        return reduction_tuning.ShrinkConfig(
+            16, 16, 16, tuning.blocks(features, steps * 16), steps * 16, 4, 2
+        )
 
-    def reduce_config(*_sizes: Any) -> tuning.ReduceConfig:
-        return tuning.ReduceConfig(16, 16, 16, 3, 4, 2)
+    def reduce_config(*_sizes: Any) -> reduction_tuning.ReduceConfig:
+        return reduction_tuning.ReduceConfig(16, 16, 16, 3, 4, 2)
 
     monkeypatch.setattr(tuning, "linear_config", linear_config)
-    monkeypatch.setattr(tuning, "shrink_config", shrink_config)
-    monkeypatch.setattr(tuning, "mix_config", lambda *_sizes: tuning.MixConfig(32, 16, 16, 4, 2))
-    monkeypatch.setattr(tuning, "reduce_config", reduce_config)
+    monkeypatch.setattr(reduction_tuning, "shrink_config", shrink_config)
+    monkeypatch.setattr(
+        reduction_tuning, "mix_config", lambda *_sizes: reduction_tuning.MixConfig(32, 16, 16, 4, 2)
+    )
+    monkeypatch.setattr(reduction_tuning, "reduce_config", reduce_config)
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

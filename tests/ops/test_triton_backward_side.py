@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from kronafuse import FrozenLinear, KronTerm, kron_linear_group
-from kronafuse.ops.kron_linear import eager, kernels, tuning
+from kronafuse.ops.kron_linear import eager, kernels, reduction_tuning
 from kronafuse.ops.kron_linear.algorithm import backward, forward
 from kronafuse.ops.kron_linear.dense_kernel import build_up
 from kronafuse.ops.kron_linear.maps import KronMap
@@ -86,14 +86,14 @@ SHAPES: dict[str, tuple[Any, tuple[int, int], tuple[int, int], int | None]] = {
 def configuration(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The rule's tiles, and tiles so small that every loop and grid repeats and every sum has two stages."""
     if request.param == "small":
-        chosen = tuning.shrink_reduce_config
+        chosen = reduction_tuning.shrink_reduce_config
 
-        def small(*sizes: Any) -> tuning.ShrinkReduceConfig:
+        def small(*sizes: Any) -> reduction_tuning.ShrinkReduceConfig:
             config = chosen(*sizes)
             assert config is not None
             return replace(config, block_r=16, block_o=16, split=3)
 
-        monkeypatch.setattr(tuning, "shrink_reduce_config", small)
+        monkeypatch.setattr(reduction_tuning, "shrink_reduce_config", small)
     return request.param
 
 
@@ -182,7 +182,7 @@ def test_two_launches_where_one_does_not_fit(dtype):
 
 
 def test_reasons_against_one_launch():
-    config = tuning.ShrinkReduceConfig(64, 64, 0, 16, 256, 8, 2)
+    config = reduction_tuning.ShrinkReduceConfig(64, 64, 0, 16, 256, 8, 2)
     assert config.reasons(torch.bfloat16, 81920, 64, 4) == []
     wide = replace(config, block_f=2048, block_o=32, split=4)
     assert wide.reasons(torch.bfloat16, 81920, 1280, 200) == [
@@ -192,13 +192,13 @@ def test_reasons_against_one_launch():
         "28 programs of 1024000 bytes, fewer than 42",
     ]
     assert "8 accumulators a thread" not in str(config.reasons(torch.float32, 81920, 64, 4))
-    assert tuning.shrink_reduce_config(torch.bfloat16, 4096, 1280, 16) is None
+    assert reduction_tuning.shrink_reduce_config(torch.bfloat16, 4096, 1280, 16) is None
 
 
 def test_every_configuration_holds_all_features():
     for case in CASES.values():
         for features, columns in ((case.shape.n2, case.shape.k2), (case.shape.n1, case.shape.k1)):
-            config = tuning.shrink_reduce_config(torch.bfloat16, 4096, features, columns)
+            config = reduction_tuning.shrink_reduce_config(torch.bfloat16, 4096, features, columns)
             assert config is None or features <= config.held <= max(16, 2 * features)
 
 

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from kronafuse import FrozenLinear, kron_linear_group
 from kronafuse.ops import launch as launching
 from kronafuse.ops import tuned
-from kronafuse.ops.kron_linear import eager, kernels, route, tuning
+from kronafuse.ops.kron_linear import eager, kernels, one_pass_tuning, route, tuning
 from kronafuse.ops.kron_linear.algorithm import forward
 from kronafuse.ops.kron_linear.maps import KronMap
 from kronafuse.ops.kron_linear.one_pass_kernel import linear_in_one_pass
@@ -97,11 +97,11 @@ SIZES = {
     "tall": ((2, 3), (33, 5)),
 }
 """(O1, I1), (O2, I2): with and without remainders, groups smaller and larger than a tile."""
-SMALL = tuning.OnePassConfig(16, 16, 16, 2, 4, 2, 1, 0)
+SMALL = one_pass_tuning.OnePassConfig(16, 16, 16, 2, 4, 2, 1, 0)
 """So small that each loop and each grid repeats."""
 
 
-def layouts(left: int, right: int) -> list[tuning.OnePassConfig]:
+def layouts(left: int, right: int) -> list[one_pass_tuning.OnePassConfig]:
     """Tiles inside a group, over two whole groups, and across groups, as far as the sizes have them."""
     configs = [replace(SMALL, span=right)]
     if left % 2 == 0 and 2 * right <= 64:
@@ -470,7 +470,7 @@ def test_only_plain_fat_maps_with_a_full_b_go_in_one_pass():
 
 
 def test_configurations_say_why_they_cannot_run():
-    config = tuning.OnePassConfig(128, 128, 64, 8, 8, 4, 1, 160, True)
+    config = one_pass_tuning.OnePassConfig(128, 128, 64, 8, 8, 4, 1, 160, True)
     assert config.reasons(H200, torch.bfloat16, 8, 160) == []
     assert config.reasons(Architecture(86, 84), torch.bfloat16, 8, 160) == [
         "131072 bytes of shared memory, sm_86 has 101376",
@@ -492,7 +492,7 @@ def test_every_fat_case_has_a_configuration():
         architecture = Architecture(capability, 100)
         for shape, descriptors in product(fat, {False, capability >= 90}):
             left, right = (shape.n1, shape.k1), (shape.n2, shape.k2)
-            config = tuning.one_pass_config(architecture, kind, 4096, left, right, True, descriptors)
+            config = one_pass_tuning.one_pass_config(architecture, kind, 4096, left, right, True, descriptors)
             assert config.reasons(architecture, kind, shape.n1, shape.n2) == []
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from kronafuse.ops import costs, tuned
 from kronafuse.ops.bottleneck import tuning as bottleneck_tuning
-from kronafuse.ops.kron_linear import tuning
+from kronafuse.ops.kron_linear import one_pass_tuning, reduction_tuning, tuning
 from kronafuse.ops.launch import Architecture
 from kronafuse.testing.bottleneck_cases import CASES as BOTTLENECKS
 from kronafuse.testing.cases import LAYERS
@@ -65,8 +65,8 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return write
 
 
-def shrink_choice(rows: int = 4096, architecture: Architecture = H200) -> tuning.ShrinkConfig:
-    return tuning.shrink_choice(architecture, BF16, rows, 20, 320)
+def shrink_choice(rows: int = 4096, architecture: Architecture = H200) -> reduction_tuning.ShrinkConfig:
+    return reduction_tuning.shrink_choice(architecture, BF16, rows, 20, 320)
 
 
 def test_the_shipped_table_is_read():
@@ -79,12 +79,14 @@ def test_the_shipped_table_is_read():
 def test_the_row_of_this_gpu_and_problem_is_taken(table):
     table(ROW)
     assert asdict(shrink_choice()) == SHRINK
-    rule = tuning.shrink_config(BF16, 4096, 20, 320)
-    assert rule != tuning.ShrinkConfig(**SHRINK)
+    rule = reduction_tuning.shrink_config(BF16, 4096, 20, 320)
+    assert rule != reduction_tuning.ShrinkConfig(**SHRINK)
     assert shrink_choice(architecture=replace(H200, name="NVIDIA H100")) == rule
     assert shrink_choice(architecture=replace(H200, name="")) == rule
-    assert tuning.shrink_choice(H200, BF16, 4096, 20, 640) == tuning.shrink_config(BF16, 4096, 20, 640)
-    assert tuning.shrink_choice(H200, torch.float16, 4096, 20, 320) == rule
+    assert reduction_tuning.shrink_choice(H200, BF16, 4096, 20, 640) == reduction_tuning.shrink_config(
+        BF16, 4096, 20, 640
+    )
+    assert reduction_tuning.shrink_choice(H200, torch.float16, 4096, 20, 320) == rule
 
 
 @pytest.mark.parametrize(("rows", "taken"), [(2048, False), (2049, True), (4096, True), (4097, False)])
@@ -189,16 +191,16 @@ def test_every_choice_can_be_decided_from_outside(table):
     with tuned.deciding(asked.append):
         assert asdict(shrink_choice(3000)) == SHRINK
         tuning.linear_choice(H200, BF16, 4096, 1280, 1280, False, 80, 128, True)
-        tuning.one_pass_choice(H200, BF16, 4096, (8, 8), (160, 160), True, True)
-        tuning.mix_choice(H200, BF16, 4096, 8, 8)
-        tuning.reduce_choice(H200, BF16, 4096, 20, 320)
+        one_pass_tuning.one_pass_choice(H200, BF16, 4096, (8, 8), (160, 160), True, True)
+        reduction_tuning.mix_choice(H200, BF16, 4096, 8, 8)
+        reduction_tuning.reduce_choice(H200, BF16, 4096, 20, 320)
         bottleneck_tuning.bottleneck_choice(H200, BF16, BF16, 4096, 640, 160, 640)
     assert {choice.kernel for choice in asked} <= set(tuned.KEYS)
     assert asked[0].key == KEY
     assert asked[0].values == (BF16, 3000, 20, 320)
     for choice in asked:
         assert list(choice.key) == list(tuned.KEYS[choice.kernel])
-    other = tuning.ShrinkConfig(16, 16, 16, 1, 320, 4, 2)
+    other = reduction_tuning.ShrinkConfig(16, 16, 16, 1, 320, 4, 2)
     with tuned.deciding(lambda choice: other):
         assert shrink_choice() is other
     assert asdict(shrink_choice()) == SHRINK
@@ -210,13 +212,13 @@ def test_every_candidate_of_a_rule_can_run(capability, dtype):
     """Of the case list's sizes, on every architecture; the rule takes the one of the least predicted time."""
     architecture = Architecture(capability, 100)
     for tokens, n, k in LAYERS.values():
-        shrinks = list(tuning.shrink_candidates(dtype, tokens, 80, k))
-        reduces = list(tuning.reduce_candidates(dtype, tokens, 20, n))
+        shrinks = list(reduction_tuning.shrink_candidates(dtype, tokens, 80, k))
+        reduces = list(reduction_tuning.reduce_candidates(dtype, tokens, 20, n))
         linears = tuning.linear_candidates(architecture, dtype, 80, 128, capability >= 90)
-        for config in (*shrinks, *reduces, *linears, *tuning.mix_candidates(dtype, n // 64, 8)):
+        for config in (*shrinks, *reduces, *linears, *reduction_tuning.mix_candidates(dtype, n // 64, 8)):
             assert config.reasons(architecture, dtype) == []
-        assert tuning.shrink_config(dtype, tokens, 80, k) in shrinks
-        assert tuning.reduce_config(dtype, tokens, 20, n) in reduces
+        assert reduction_tuning.shrink_config(dtype, tokens, 80, k) in shrinks
+        assert reduction_tuning.reduce_config(dtype, tokens, 20, n) in reduces
         for config in shrinks:
             assert (config.split - 1) * config.k_per_split < k <= config.split * config.k_per_split
             assert config.k_per_split % config.block_k == 0
@@ -231,12 +233,12 @@ def test_every_candidate_of_a_rule_can_run(capability, dtype):
 def test_sums_have_one_order_on_every_machine():
     """Without rows of the table, what splits a sum depends on sizes and dtype alone."""
     for architecture in (Architecture(80, 108, "A"), Architecture(120, 170, "B")):
-        assert tuning.shrink_choice(architecture, BF16, 256, 80, 5120) == tuning.shrink_config(
-            BF16, 256, 80, 5120
-        )
-        assert tuning.reduce_choice(architecture, BF16, 4096, 20, 320) == tuning.reduce_config(
-            BF16, 4096, 20, 320
-        )
+        assert reduction_tuning.shrink_choice(
+            architecture, BF16, 256, 80, 5120
+        ) == reduction_tuning.shrink_config(BF16, 256, 80, 5120)
+        assert reduction_tuning.reduce_choice(
+            architecture, BF16, 4096, 20, 320
+        ) == reduction_tuning.reduce_config(BF16, 4096, 20, 320)
 
 
 def test_the_linear_rule_takes_the_least_predicted_time():
@@ -255,7 +257,7 @@ def test_the_linear_rule_takes_the_least_predicted_time():
 
 def test_a_second_choice_costs_nothing():
     """The rule's work is done once; what is asked again comes from a cache."""
-    tuning.shrink_config.cache_clear()
+    reduction_tuning.shrink_config.cache_clear()
     for _ in range(5):
         shrink_choice()
-    assert tuning.shrink_config.cache_info().misses == 1
+    assert reduction_tuning.shrink_config.cache_info().misses == 1

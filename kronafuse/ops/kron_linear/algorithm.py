@@ -139,11 +139,12 @@ def inner_of(kron: KronMap, shrunk: Tensor, primitives: Primitives) -> Tensor:
 
 
 def forward(
-    x: Tensor, layers: Sequence[FrozenLinear], primitives: Primitives
+    x: Tensor, layers: Sequence[FrozenLinear], primitives: Primitives, small_bytes: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(y of each layer, saved T of each term); the T of a fat term is saved as an empty tensor.
 
-    x: (M, K), layers with `base` as (M, N)
+    x:           (M, K), layers with `base` as (M, N)
+    small_bytes: a fat T that is there and smaller is saved all the same
     """
     maps = [[map_of(term, x, primitives) for term in layer.terms] for layer in layers]
     single = [
@@ -162,7 +163,8 @@ def forward(
         for kron, alone in zip(group, singles, strict=True):
             part = None if alone else next(shrunk)
             inners.append(None if part is None else inner_of(kron, part, primitives))
-            saved.append(part if part is not None and kron.thin else x.new_empty(0))
+            keeps = part is not None and (kron.thin or part.nbytes < small_bytes)
+            saved.append(part if keeps else x.new_empty(0))
         ys.append(primitives.linear(x, layer.weight, layer.bias, layer.base, group, inners))
     return ys, saved
 

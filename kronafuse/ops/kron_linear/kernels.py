@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..launch import architecture_of
 from ..outputs import new_output
-from . import route, tuning
+from . import reduction_tuning, route, tuning
 from .beside_kernel import same_ups
 from .dense_kernel import build_down, build_up
 from .linear_kernel import DENSE_SLOTS, linear_with_tails
@@ -299,7 +299,7 @@ def shrink_reduce(
             continue
         rows, scale, factor = first_rows(kron, x), first_scale(kron), first_factor(kron)
         other = inner_rows(kron, other)
-        config = tuning.shrink_reduce_choice(
+        config = reduction_tuning.shrink_reduce_choice(
             architecture_of(x.device), x.dtype, rows.shape[0] * rows.shape[1], rows.shape[2], other.shape[2]
         )
         if config is None:

@@ -20,7 +20,7 @@ from ..triton_common import (
     slot_scales,
     split_rows,
 )
-from . import tuning
+from . import reduction_tuning, tuning
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def mix_tokens(
     view: Tensor,
     lefts: Sequence[Left],
     in_scale: Tensor | None = None,
-    config: tuning.MixConfig | None = None,
+    config: reduction_tuning.MixConfig | None = None,
 ) -> list[Tensor]:
     """(M, O1, R) = scale · A (in_scale ⊙ p[m]) for every token and every left factor, from one read of p.
 
@@ -165,7 +165,7 @@ def mix_tokens(
     elements = tokens * columns
     if elements == 0:
         return outputs
-    config = config or tuning.mix_choice(
+    config = config or reduction_tuning.mix_choice(
         architecture_of(view.device), view.dtype, elements, count * a.shape[0], features
     )
     arguments = {

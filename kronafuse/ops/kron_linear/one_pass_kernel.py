@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..launch import architecture_of, launch
 from ..outputs import new_output
 from ..triton_common import dot, dot_precision, scale_arguments, scale_value
-from . import tuning
+from . import one_pass_tuning
 from .linear_kernel import describable
 from .maps import KronMap, kron_view
 from .route import FatTerm
@@ -190,7 +190,7 @@ def linear_in_one_pass(
     bias: Tensor | None,
     base: Tensor | None,
     kron: KronMap,
-    config: tuning.OnePassConfig | None = None,
+    config: one_pass_tuning.OnePassConfig | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """y (M, N) = x Wᵀ + bias + base + the delta of one map with a full B and an output that is not shuffled.
@@ -293,9 +293,9 @@ def fat_term(x: Tensor, weight: Tensor | None, kron: KronMap, kept: bool) -> Fat
     )
 
 
-def _chosen(x: Tensor, weight: Tensor | None, kron: KronMap) -> tuning.OnePassConfig:
+def _chosen(x: Tensor, weight: Tensor | None, kron: KronMap) -> one_pass_tuning.OnePassConfig:
     term = fat_term(x, weight, kron, kept=False)
-    return tuning.one_pass_choice(
+    return one_pass_tuning.one_pass_choice(
         architecture_of(x.device), x.dtype, term.tokens, term.left, term.right, term.weight, term.descriptors
     )
 
@@ -318,7 +318,7 @@ def _aligned(view: Tensor) -> bool:
 
 
 def _operands(
-    x_view: Tensor, w_view: Tensor | None, transposed: bool, config: tuning.OnePassConfig
+    x_view: Tensor, w_view: Tensor | None, transposed: bool, config: one_pass_tuning.OnePassConfig
 ) -> dict[str, object]:
     """x (M, I1, I2) and W (N, I1, I2) as pointers with strides, or as descriptors of their tiles by i1.
 

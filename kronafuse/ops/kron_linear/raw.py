@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -51,8 +52,10 @@ class _Planned(NamedTuple):
 
     primitives: Any
 
-    def forward(self, x: Tensor, layers: Sequence[FrozenLinear]) -> tuple[list[Tensor], list[Tensor]]:
-        return algorithm.forward(x, layers, self.primitives)
+    def forward(
+        self, x: Tensor, layers: Sequence[FrozenLinear], small_bytes: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        return algorithm.forward(x, layers, self.primitives, small_bytes)
 
     def backward(self, dys: Any, x: Tensor, layers: Any, saved: Any, needs: Any) -> list[Tensor]:
         return algorithm.backward(dys, x, layers, saved, needs, self.primitives)
@@ -95,13 +98,13 @@ def _flat_layers(layers: Sequence[FrozenLinear]) -> list[FrozenLinear]:
 
 
 def _forward(
-    x: Tensor, layer_tensors: Any, term_tensors: Any, op: str, impl: str, *layout: Any
+    x: Tensor, layer_tensors: Any, term_tensors: Any, op: str, impl: str, *layout: Any, small_bytes: int = 0
 ) -> list[Tensor]:
     layers = _unflatten(layer_tensors, term_tensors, Layout(op, impl, *layout))
     checks.check_group(op, x, layers)
     chosen = backends.choose(op, IMPLEMENTATIONS, impl, x.device, x.dtype)
     with without_autocast(x.device.type):
-        ys, saved = chosen.load().forward(flat_tokens(x), _flat_layers(layers))
+        ys, saved = chosen.load().forward(flat_tokens(x), _flat_layers(layers), small_bytes)
     if x.dim() != 2:
         ys = [unflat_tokens(y, x.shape[:-1]) for y in ys]
     return [*ys, *saved]
@@ -181,12 +184,22 @@ for _name, _kernel, _fake in (
 
 kron_forward = torch.ops.kronafuse.kron_forward.default
 kron_backward = torch.ops.kronafuse.kron_backward.default
+_forward_alone = partial(_forward, small_bytes=planner.SMALL_BYTES)
 
 
 def forward(x: Tensor, layer_tensors: Any, term_tensors: Any, layout: Layout) -> list[Tensor]:
-    """y of each layer, then what each term saves: `kron_forward`, or its kernel where nothing tells them apart."""
+    """y of each layer, then what each term saves: `kron_forward`, or its kernel where nothing tells them apart.
+
+    The op saves T by shape alone, which tracers need; its kernel alone saves a small fat T too.
+    """
     return run_op(
-        kron_forward, _forward, (x, *layer_tensors, *term_tensors), x, layer_tensors, term_tensors, *layout
+        kron_forward,
+        _forward_alone,
+        (x, *layer_tensors, *term_tensors),
+        x,
+        layer_tensors,
+        term_tensors,
+        *layout,
     )
 
 

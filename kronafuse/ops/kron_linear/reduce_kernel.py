@@ -20,7 +20,7 @@ from ..triton_common import (
     slot_arguments,
     split_rows,
 )
-from . import tuning
+from . import reduction_tuning, tuning
 from .sum_kernel import SecondStages
 
 
@@ -149,7 +149,7 @@ def reduce_rows(
     dtype: torch.dtype,
     p_scale: Tensor | None = None,
     sums: Tensor | None = None,
-    config: tuning.ReduceConfig | None = None,
+    config: reduction_tuning.ReduceConfig | None = None,
     stages: SecondStages | None = None,
 ) -> Tensor:
     """(P, Q) = scale · Σ_{m,g} (p_scale[g] ⊙ p[m, g])ᵀ q[m, g], the same bits at every call.
@@ -174,7 +174,7 @@ def reduce_shared_rows(
     q: Tensor,
     dtypes: Sequence[torch.dtype],
     stages: SecondStages,
-    config: tuning.ReduceConfig | None = None,
+    config: reduction_tuning.ReduceConfig | None = None,
 ) -> list[Tensor]:
     """Σ_{m,g} p[m, g]ᵀ q[m, g] of up to SLOTS p (M, G, P) of one shape and one set of strides, from one read of q.
 
@@ -193,14 +193,16 @@ def _reduce(
     outs: Sequence[Tensor],
     p_scale: Tensor | None,
     sums: Tensor | None,
-    config: tuning.ReduceConfig | None,
+    config: reduction_tuning.ReduceConfig | None,
     stages: SecondStages,
 ) -> None:
     p, count = ps[0], len(ps)
     tokens, group, height = p.shape
     width, rows = q.shape[2], tokens * group
     wider = p.dtype if p.dtype.itemsize >= q.dtype.itemsize else q.dtype
-    config = config or tuning.reduce_choice(architecture_of(p.device), wider, rows, count * height, width)
+    config = config or reduction_tuning.reduce_choice(
+        architecture_of(p.device), wider, rows, count * height, width
+    )
     target, sums_target = outs[0], sums
     if config.split > 1 or count > 1:
         target = new_output(p, (count, config.split, height, width), torch.float32)

@@ -21,7 +21,7 @@ from ...planner import Order
 from .. import tuned
 from ..kernel_costs import LinearSizes, OnePassSizes, linear_us, mix_us, one_pass_us, shrink_us
 from ..launch import Architecture
-from . import tuning
+from . import one_pass_tuning, reduction_tuning, tuning
 
 TORCH_MACS = 1 << 30
 """Multiply-adds of a base GEMM from which on another launch, and y read and written once more, are small beside it."""
@@ -137,7 +137,9 @@ def in_one_pass(architecture: Architecture, dtype: torch.dtype, term: FatTerm) -
 def predicted_us(architecture: Architecture, dtype: torch.dtype, term: FatTerm) -> tuple[float, float]:
     """Predicted time of the layer with this term, in one pass and by two kernels, each with its chosen tile."""
     tokens, left, right = term.tokens, term.left, term.right
-    config = tuning.one_pass_config(architecture, dtype, tokens, left, right, term.weight, term.descriptors)
+    config = one_pass_tuning.one_pass_config(
+        architecture, dtype, tokens, left, right, term.weight, term.descriptors
+    )
     sizes = OnePassSizes(tokens, left, right, term.weight, not term.weight)
     return (
         one_pass_us(architecture, dtype, sizes, config),
@@ -169,7 +171,7 @@ def _two_kernels_us(architecture: Architecture, dtype: torch.dtype, term: FatTer
     if term.kept:
         return time_us
     if term.order == "a_first":
-        first = tuning.mix_config(dtype, o1, i1)
+        first = reduction_tuning.mix_config(dtype, o1, i1)
         return time_us + mix_us(architecture, dtype, tokens * i2, o1, i1, first)
-    first = tuning.shrink_config(dtype, tokens * i1, o2, i2)
+    first = reduction_tuning.shrink_config(dtype, tokens * i1, o2, i2)
     return time_us + shrink_us(architecture, dtype, tokens * i1, o2, i2, first)

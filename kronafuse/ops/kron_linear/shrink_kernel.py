@@ -22,7 +22,7 @@ from ..triton_common import (
     slot_scales,
     split_rows,
 )
-from . import tuning
+from . import reduction_tuning, tuning
 from .beside_kernel import Beside, build_beside
 from .maps import KronMap
 from .sum_kernel import SecondStages
@@ -277,7 +277,7 @@ def shrink_rows(
     downs: Sequence[Down],
     in_scale: Tensor | None,
     ups: Sequence[KronMap] = (),
-    config: tuning.ShrinkConfig | None = None,
+    config: reduction_tuning.ShrinkConfig | None = None,
 ) -> list[Tensor]:
     """T[i] (M, G·width[i]) = scale[i] · (in_scale ⊙ x) D[i]ᵀ, from one read of x.
 
@@ -294,7 +294,9 @@ def shrink_rows(
     outputs = [new_output(view, (tokens, group * each.width)) for each in downs]
     if rows == 0:
         return outputs
-    config = config or tuning.shrink_choice(architecture_of(view.device), view.dtype, rows, total, features)
+    config = config or reduction_tuning.shrink_choice(
+        architecture_of(view.device), view.dtype, rows, total, features
+    )
     partial = None if config.split == 1 else new_output(view, (config.split * rows * total,), torch.float32)
     widths = [each.width for each in downs]
     firsts = list(accumulate(widths))[:-1]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..launch import launch
 from ..outputs import new_output
 from ..triton_common import dot, dot_precision, row_runs, scale_arguments, scale_value, split_rows
-from . import tuning
+from . import reduction_tuning, tuning
 from .beside_kernel import Beside, build_beside
 from .maps import KronMap
 from .sum_kernel import SecondStages
@@ -265,7 +265,7 @@ def shrink_reduce_rows(
     q: Tensor,
     t: Tensor,
     dtype: torch.dtype,
-    config: tuning.ShrinkReduceConfig,
+    config: reduction_tuning.ShrinkReduceConfig,
     stages: SecondStages,
     ups: Sequence[KronMap] = (),
 ) -> Tensor:
@@ -276,7 +276,7 @@ def shrink_reduce_rows(
     in_scale: (G, F)     multiplies x
     q:        (M, G, O)  in any strides
     t:        (M, G, O)  in any strides
-    config:   as `tuning.shrink_reduce_config` has it
+    config:   as `reduction_tuning.shrink_reduce_config` has it
     stages:   what finishes the gradient
     ups:      maps whose L is built beside, as `Beside` has them
     """
