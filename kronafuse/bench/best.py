@@ -44,6 +44,17 @@ def same_time(row: Row, other: Row) -> bool:
     return row.time_us.equals(other.time_us)
 
 
+def no_slower(row: Row, other: Row) -> bool:
+    """Whether `row` is faster, or cannot be told apart."""
+    return times_faster(row, other) >= 1 or same_time(row, other)
+
+
+def fastest_of_ours(arms: Mapping[str, Row]) -> Row | None:
+    """The fastest of our implementations that ran, which `auto` could take."""
+    ours = [row for row in arms.values() if row.impl is not None and row.time_us is not None]
+    return min(ours, key=lambda row: row.time_us.median if row.time_us else 0.0, default=None)
+
+
 def mean_of(ratios: Sequence[float]) -> float | None:
     """Geometric mean; None of nothing."""
     return geometric_mean(ratios) if ratios else None

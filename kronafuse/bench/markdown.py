@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from .best import by_problem
+from .best import by_problem, fastest_of_ours, mean_of, no_slower, times_faster
 from .records import Results, Row
 from .targets import targets
 
@@ -86,6 +86,26 @@ def _time(row: Row) -> str:
     return f"{spent / 1000:.3g} ms" if spent >= LONG_US else f"{spent:.3g} µs"
 
 
+def _layers(results: Results) -> list[str]:
+    """One line a layer: how our time relates to the einsums' over its adapters."""
+    lines = table_lines(
+        ["layer", "tokens", "dtype", "mode", "adapters", "ours / einsum: mean", "least", "most", "slower"]
+    )
+    groups: dict[tuple[str, int, str, str], list[tuple[Row, Row]]] = {}
+    for (suite, case, _batch, tokens, dtype, mode), arms in by_problem(results.rows).items():
+        ours = fastest_of_ours(arms)
+        if suite == "kron_linear" and ours is not None and "einsum" in arms:
+            layer = case.rsplit("-", 1)[0]
+            groups.setdefault((layer, tokens, dtype, mode), []).append((ours, arms["einsum"]))
+    for (layer, tokens, dtype, mode), pairs in groups.items():
+        each = [1 / times_faster(ours, chain) for ours, chain in pairs]
+        slower = sum(not no_slower(ours, chain) for ours, chain in pairs)
+        figures = [f"{value:.2f}" for value in (mean_of(each) or 0.0, min(each), max(each))]
+        what = [f"`{layer}`", str(tokens), dtype, mode.replace("_", " + "), str(len(pairs))]
+        lines.append(line([*what, *figures, str(slower)]))
+    return lines
+
+
 def _steps(results: Results) -> list[str]:
     lines = table_lines(
         ["model", "batch", "form", "arm", "ms a step", "× frozen", "peak GB", "trained parameters"]
@@ -130,6 +150,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "kron_linear": lambda results: ratios("kron_linear", "frozen", results),
     "kron_linear_group": lambda results: ratios("kron_linear_group", "frozen", results),
     "bottleneck": lambda results: ratios("bottleneck", "chain", results),
+    "layers": _layers,
     "steps": _steps,
     "targets": _targets,
 }

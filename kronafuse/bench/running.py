@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from .ceilings import measure_ceilings
+from .ceilings import dtype_name, measure_ceilings
 from .machine import describe, last_level_cache_bytes
 from .records import Ceilings, Machine, Results, Row, Suite
 from .selection import Options, Spec, specs
@@ -27,6 +28,32 @@ def timer_of(device: torch.device) -> Timer:
     return CpuTimer(last_level_cache_bytes() or CACHE_BYTES)
 
 
+def continued(before: Results, machine: Machine, path: Path) -> Results:
+    """The results in the file, to be added to by this process; their command becomes both."""
+    old, new = asdict(before.machine), asdict(machine)
+    for passing in (old, new):
+        del passing["date"], passing["command"]
+        (passing["gpu"] or {}).pop("clocks", None)
+    differing = [name for name in old if old[name] != new[name]]
+    if differing:
+        told = ", ".join(f"{name} {old[name]!r}, here {new[name]!r}" for name in differing)
+        raise ValueError(f"kronafuse bench: {path.name} cannot be added to: it is of {told}")
+    both = before.machine.command.split(" && ")
+    command = " && ".join(dict.fromkeys([*both, machine.command]))
+    return replace(before, machine=replace(before.machine, command=command))
+
+
+def with_dtypes(before: Ceilings | None, timer: Timer, dtypes: Sequence[torch.dtype]) -> Ceilings:
+    """The ceilings of before with the GEMM rates of further dtypes; measured where there are none."""
+    if before is None:
+        return measure_ceilings(timer, dtypes)
+    further = [dtype for dtype in dtypes if dtype_name(dtype) not in before.gemm_flops_per_s]
+    if not further:
+        return before
+    rates = measure_ceilings(timer, further).gemm_flops_per_s
+    return replace(before, gemm_flops_per_s={**before.gemm_flops_per_s, **rates})
+
+
 def run_suites(
     suites: Sequence[Suite],
     options: Options,
@@ -35,6 +62,7 @@ def run_suites(
     *,
     seconds: float,
     budget: float | None = None,
+    add: bool = False,
     begin: Callable[[Machine, Ceilings], object] = lambda machine, ceilings: None,
     show: Callable[[Sequence[Row]], object] = lambda rows: None,
 ) -> tuple[Results, list[Spec]]:
@@ -43,6 +71,7 @@ def run_suites(
     arms:    globs on names; none for all
     seconds: for the turns of one case and mode
     budget:  seconds after which no new case is begun
+    add:     to the results that are at `path`; ValueError where they are of another machine, version or commit
     begin, show: are told of the machine, and of the rows of each case
     """
     if seconds <= 0 or (budget is not None and budget <= 0):
@@ -54,8 +83,10 @@ def run_suites(
     chosen = arms_named(suites, arms)
     path.parent.mkdir(parents=True, exist_ok=True)
     timer = timer_of(asked[0].device)
+    machine = describe()
+    before = continued(Results.read(path), machine, path) if add and path.exists() else Results(machine)
     dtypes = list(dict.fromkeys(spec.dtype for spec in asked))
-    results = Results(describe(), measure_ceilings(timer, dtypes))
+    results = replace(before, ceilings=with_dtypes(before.ceilings, timer, dtypes))
     assert results.ceilings is not None
     begin(results.machine, results.ceilings)
     results.write(path)

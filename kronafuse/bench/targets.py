@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ..testing.bottleneck_cases import CASES as BOTTLENECK_CASES
 from ..testing.cases import CASES
-from .best import Problem, by_problem, mean_of, same_time, times_faster
+from .best import Problem, by_problem, fastest_of_ours, mean_of, no_slower, times_faster
 from .records import Ceilings, Results, Row, Verdict
 
 LONG_US = 15.0
@@ -81,7 +81,7 @@ def _judged(row: Row, arms: Arms, ceilings: Ceilings | None) -> Row:
         chain = arms.get("chain" if row.suite == "bottleneck" else "einsum")
         if chain is None or row.arm == chain.arm:
             return row
-        return replace(row, target="no slower than the chain", verdict=_verdict(_no_slower(row, chain)))
+        return replace(row, target="no slower than the chain", verdict=_verdict(no_slower(row, chain)))
     if row.suite == "bottleneck":
         return _judged_bottleneck(row, ceilings)
     limit = TO_FROZEN[bool(row.thin), row.mode]
@@ -125,10 +125,6 @@ def copy_share(row: Row, ceilings: Ceilings | None) -> float | None:
 def _narrow(row: Row) -> bool:
     case = BOTTLENECK_CASES.get(row.case)
     return case is not None and case.width <= NARROW
-
-
-def _no_slower(row: Row, other: Row) -> bool:
-    return times_faster(row, other) >= 1 or same_time(row, other)
 
 
 def _verdict(met: bool) -> Verdict:
@@ -281,10 +277,10 @@ def _cpu(measured: Measured) -> list[Target]:
         pairs = [
             (ours, arms[chain])
             for (suite, *_), arms in measured.items()
-            if suite in suites and chain in arms and (ours := _fastest_of_ours(arms)) is not None
+            if suite in suites and chain in arms and (ours := fastest_of_ours(arms)) is not None
         ]
         ratios = [1 / times_faster(ours, other) for ours, other in pairs]
-        slower = sum(not _no_slower(ours, other) for ours, other in pairs)
+        slower = sum(not no_slower(ours, other) for ours, other in pairs)
         limit = (
             "nowhere slower than the best eager order"
             if chain == "einsum"
@@ -303,13 +299,7 @@ def _cpu(measured: Measured) -> list[Target]:
         ratios = [
             times_faster(ours, arms["peft_lokr"])
             for arms in rows
-            if "peft_lokr" in arms and (ours := _fastest_of_ours(arms)) is not None
+            if "peft_lokr" in arms and (ours := fastest_of_ours(arms)) is not None
         ]
         found.append(_at_least(f"ours, PEFT LoKr, {case}, {CPU_TOKENS} tokens", limit, ratios))
     return found
-
-
-def _fastest_of_ours(arms: Arms) -> Row | None:
-    """What `auto` could pick."""
-    ours = [row for row in arms.values() if row.impl is not None and row.time_us is not None]
-    return min(ours, key=lambda row: row.time_us.median if row.time_us else 0.0, default=None)

@@ -56,6 +56,28 @@ def test_several_suites_run_into_one_file(small_ceilings, tmp_path):
     assert "parameters in float32" in result.stdout
 
 
+def test_a_run_adds_to_results_of_its_machine(small_ceilings, tmp_path):
+    out = tmp_path / "results.json"
+    first = ["kron_linear", "--case", "sd15_320-lokr_f8", "--mode", "forward", *QUICK, "--out", str(out)]
+    second = ["kron_linear", "--case", "sd15_320-lora_r16", "--dtype", "bf16", "--mode", "forward", *QUICK]
+    assert bench(*first).exit_code == 0
+    before = Results.read(out)
+    assert bench(*second, "--add", "--out", str(out)).exit_code == 0
+    after = Results.read(out)
+    assert after.rows[: len(before.rows)] == before.rows
+    assert {row.case for row in after.rows} == {"sd15_320-lokr_f8", "sd15_320-lora_r16"}
+    assert after.ceilings is not None
+    assert before.ceilings is not None
+    assert after.ceilings.copy_bytes_per_s == before.ceilings.copy_bytes_per_s
+    assert set(after.ceilings.gemm_flops_per_s) == {"float32", "bfloat16"}
+    replace(after, machine=replace(after.machine, torch="2.11.0")).write(out)
+    kept = out.read_bytes()
+    refused = bench(*second, "--add", "--out", str(out))
+    assert refused.exit_code == 2
+    assert "results.json cannot be added to: it is of torch '2.11.0', here '2.13" in refused.output
+    assert out.read_bytes() == kept
+
+
 def test_the_budget_ends_a_run_and_keeps_what_is_there(small_ceilings, tmp_path):
     out = tmp_path / "results.json"
     words = ["--case", "sd15_320-lokr_f8", "--case", "sd15_320-lora_r16", *QUICK, "--budget", "1e-6"]

@@ -156,6 +156,18 @@ def test_markdown_tables(results):
     assert len(table_of("targets", {}, results)) == 6
 
 
+def test_the_table_of_layers_counts_what_is_slower(results):
+    slow = [
+        replace(row(arm, median), case="sdxl_1280-lokr_f8")
+        for arm, median in {**TIMES, "ours_eager": 1800.0}.items()
+    ]
+    lines = table_of("layers", {}, replace(results, rows=(*results.rows, *slow)))
+    assert len(lines) == 3
+    mean = (1250 / 1500 * 1800 / 1500) ** 0.5
+    figures = f"2 | {mean:.2f} | 0.83 | 1.20 | 1 |"
+    assert lines[2] == f"| `sdxl_1280` | 1024 | float32 | forward | {figures}"
+
+
 def test_tables_are_written_between_their_marks(results, tmp_path):
     results.write(tmp_path / "bench.json")
     mark = "<!-- table: kron_linear mode=forward from bench.json -->"

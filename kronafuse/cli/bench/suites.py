@@ -36,6 +36,9 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", help="Results as JSON, written anew after each case; runs/bench.json if absent."),
 ]
+Add = Annotated[
+    bool, typer.Option("--add", help="Add to the results in --out, of the same machine, versions and commit.")
+]
 
 
 def run(
@@ -45,6 +48,7 @@ def run(
     case: Case = None, layer: Layer = None, adapter: Adapter = None, set_name: Set = "core", batch: Batch = None,
     tokens: Tokens = None, dtype: Dtype = None, mode: Mode = None, arm: ArmNames = None, factors: Factors = "compute",
     device: Device = None, seconds: Seconds = 2.0, budget: Budget = None, out: Out = None,
+    add: Add = False,
 ) -> None:  # fmt: skip
     """Time the suites' cases with all baselines.
 
@@ -56,7 +60,7 @@ def run(
     options = Options(
         set_name, case or (), layer or (), adapter or (), batch or (), tokens, dtype or (), mode or (), factors, device
     )  # fmt: skip
-    _run(suites_named(suite or ()), options, arm or (), seconds, budget, out)
+    _run(suites_named(suite or ()), options, arm or (), seconds, budget, out, add)
 
 
 def _of(suite: str, about: str) -> Callable[..., None]:
@@ -66,11 +70,11 @@ def _of(suite: str, about: str) -> Callable[..., None]:
         case: Case = None, layer: Layer = None, adapter: Adapter = None, set_name: Set = "core",
         batch: Batch = None, tokens: Tokens = None, dtype: Dtype = None, mode: Mode = None, arm: ArmNames = None,
         factors: Factors = "compute", device: Device = None, seconds: Seconds = 2.0, budget: Budget = None,
-        out: Out = None,
+        out: Out = None, add: Add = False,
     ) -> None:  # fmt: skip
         run(
             [suite], case, layer, adapter, set_name, batch, tokens, dtype, mode, arm, factors, device, seconds,
-            budget, out,
+            budget, out, add,
         )  # fmt: skip
 
     command.__doc__ = about
@@ -92,6 +96,7 @@ def _run(
     seconds: float,
     budget: float | None,
     out: Path | None,
+    add: bool,
 ) -> None:
     from ...bench import require_libraries
 
@@ -123,7 +128,7 @@ def _run(
             say(f"    {line}")
 
     results, skipped = run_suites(
-        suites, options, arms, path, seconds=seconds, budget=budget, begin=begin, show=show
+        suites, options, arms, path, seconds=seconds, budget=budget, add=add, begin=begin, show=show
     )
     for line in lines(results):
         say(line)
