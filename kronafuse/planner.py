@@ -20,7 +20,7 @@ Order = Literal["a_first", "b_first", "low_rank"]
 THIN_WIDTH = 256
 """Widest T that counts as thin; K/4 is the other bound."""
 SMALL_BYTES = 1 << 20
-"""A fat T of fewer bytes is saved for backward too: computing it again takes longer than it is worth."""
+"""A fat T of fewer bytes is held until backward where it is there: computing it again takes longer than it is worth."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Plan:
 
     `macs_per_token` is the adapter's own; `flops` counts 2 for a multiply-accumulate, forward, base included;
     `bytes_forward` is the least traffic (x, W and the factors read, y written);
-    `saved_bytes` is what the adapter adds to x in memory for backward, at most: a small fat T is not saved under
-    torch.compile, nor where it is not computed as such.
+    `saved_bytes` is what the adapter adds to x in memory for backward; a fat T of fewer than SMALL_BYTES, which an
+    eager call may hold beside, is not counted.
     """
 
     shape: KronShape
@@ -141,24 +141,16 @@ def plan(
         floor = 1e6 * max(flops / ceilings[0], bytes_forward / ceilings[1])
     return Plan(
         shape, M, dtype, choice.order, choice.width, choice.thin, choice.macs, flops, base_flops, bytes_forward,
-        _saved_bytes(shape, M * size), floor, name,
+        saved_width(shape) * M * size, floor, name,
     )  # fmt: skip
 
 
 def saved_width(shape: KronShape) -> int:
     """Elements per token that the adapter saves for backward beside x: T where it is thin."""
-    return _shrunk_width(shape) if choose(shape).thin else 0
-
-
-def _shrunk_width(shape: KronShape) -> int:
-    """Elements per token of the first product: P of a low-rank B, else T."""
-    return shape.k1 * shape.rank if shape.rank is not None else choose(shape).width
-
-
-def _saved_bytes(shape: KronShape, column_bytes: int) -> int:
-    """What is saved for columns of so many bytes."""
-    size_bytes = _shrunk_width(shape) * column_bytes
-    return size_bytes if choose(shape).thin or size_bytes < SMALL_BYTES else 0
+    choice = choose(shape)
+    if not choice.thin:
+        return 0
+    return shape.k1 * shape.rank if shape.rank is not None else choice.width
 
 
 def _ceilings(device: str | torch.device | None) -> tuple[str | None, tuple[float, float] | None]:

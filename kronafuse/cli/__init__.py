@@ -1,4 +1,4 @@
-"""The `kronafuse` command. Its libraries come with the `train` extra and are imported at first use."""
+"""The `kronafuse` command. Its libraries come with the `train` and `bench` extras and are imported at first use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def main() -> None:
     if missing:
         print(
             f"kronafuse: the command line needs {' and '.join(missing)};"
-            " install with: pip install kronafuse[train]",
+            " install with: pip install kronafuse[train] or kronafuse[bench]",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -89,7 +89,9 @@ def is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing could tell a registered op's kernel from the op: then the dispatcher may be left out.
 
     The op is called under torch.compile, export, a tracer, a transform of torch.func, a dispatch or function mode or
-    the profiler, and for subclasses of tensors, meta tensors and those of a batched backward.
+    the profiler, and for subclasses of tensors, meta tensors, those of a batched backward and views that stand for
+    negated values or for zeros. Observers that set no state in Python (execution traces, Kineto on demand) do not see
+    it.
     """
     if (
         torch.compiler.is_compiling()
@@ -100,10 +102,18 @@ def is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
         or torch.autograd.profiler._is_profiler_enabled
     ):
         return False
-    for each in tensors:
-        if each is not None and (type(each) not in _PLAIN or each.is_meta or is_legacy_batchedtensor(each)):
-            return False
-    return True
+    return all(each is None or _is_plain(each) for each in tensors)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor's memory holds its values as they are: what the dispatcher would do nothing about."""
+    return not (
+        type(tensor) not in _PLAIN
+        or tensor.is_meta
+        or tensor.is_neg()
+        or tensor._is_zerotensor()
+        or is_legacy_batchedtensor(tensor)
+    )
 
 
 def run_op(

@@ -246,7 +246,7 @@ def test_the_planned_backward_on_triton():
 
 @pytest.mark.parametrize("tokens", [16, 4096])
 def test_nothing_wide_is_saved(tokens):
-    """What forward keeps beside x and the factors is T where it is thin or small, to the byte that the planner says."""
+    """What forward saves beside x and the factors is T of thin terms, to the byte that the planner says."""
     from kronafuse import plan
 
     for name in ("sd15_320-krona_64x4", "sd15_320-lokr_f8", "sd15_320-lokr_f8_r16"):
@@ -263,7 +263,25 @@ def test_nothing_wide_is_saved(tokens):
         shape = case.shape
         expected = plan(tokens, shape.n1, shape.k1, shape.n2, shape.k2, rank=shape.rank, dtype=torch.float32)
         assert extra == expected.saved_bytes, name
-        assert expected.thin or (expected.saved_bytes == 0) == (tokens == 4096)
+
+
+@pytest.mark.parametrize("tokens", [16, 4096])
+def test_a_small_fat_intermediate_is_computed_once(tokens, monkeypatch):
+    """Backward computes a fat T again only where it is large; a wide one is never held."""
+    from kronafuse.ops.kron_linear import eager
+
+    case = CASES["sd15_320-lokr_f8"]
+    x, layer = case_inputs(case, torch.float32, tokens=tokens)
+    (term,) = layer.terms
+    b = term.b.requires_grad_()
+    shrunk = []
+    shrink = eager.shrink
+    monkeypatch.setattr(eager, "shrink", lambda x, maps: shrunk.append(len(maps)) or shrink(x, maps))
+    (y,) = kron_linear_group(x, [layer._replace(terms=(term._replace(b=b),))], impl="eager")
+    held = y.grad_fn.held.values()
+    assert [part.nbytes for part in held] == ([16 * 320 * 4] if tokens == 16 else [])
+    y.sum().backward()
+    assert shrunk == ([1] if tokens == 16 else [1, 1])
 
 
 @pytest.mark.parametrize("adapter", ["krona_64x4", "krona_4x64", "lokr_f8", "lokr_f8_r16"])

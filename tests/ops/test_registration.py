@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -304,6 +305,39 @@ def test_activation_checkpointing(use_reentrant):
     expected = torch.autograd.grad(block(x), (x, a, b), dy)
     checkpoint(block, x, use_reentrant=use_reentrant).backward(dy)
     torch.testing.assert_close((x.grad, a.grad, b.grad), expected)
+
+
+@pytest.mark.parametrize("profiled", ["forward", "backward"])
+def test_checkpointing_under_a_profiler_of_one_pass(profiled):
+    """What is saved does not depend on who watches: a fat T is held beside what checkpointing counts."""
+    weight, a = torch.randn(48, 48), torch.randn(6, 6, requires_grad=True)
+    b = torch.randn(8, 8, requires_grad=True)
+    x = torch.randn(16, 48, requires_grad=True)
+    dy = torch.randn(16, 48)
+
+    def block(x):
+        return kron_linear(torch.tanh(x), weight, a, b, impl="eager")
+
+    expected = torch.autograd.grad(block(x), (x, a, b), dy)
+    watched, plain = torch.profiler.profile(), nullcontext()
+    with watched if profiled == "forward" else plain:
+        y = checkpoint(block, x, use_reentrant=False)
+    with watched if profiled == "backward" else plain:
+        grads = torch.autograd.grad(y, (x, a, b), dy)
+    torch.testing.assert_close(grads, expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs on CUDA tensors here")
+@pytest.mark.parametrize("grad", [False, True])
+def test_views_that_stand_for_negated_values(grad):
+    """The memory of such a view holds other values than it shows; the dispatcher copies it for the kernel."""
+    weight, a, b = compiled_layers()
+    x = torch.randn(5, 48, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    expected = kron_linear(x.resolve_neg(), weight, a, b, impl="triton")
+    with torch.set_grad_enabled(grad):
+        y = kron_linear(x, weight, a, b, impl="triton")
+    torch.testing.assert_close(y, expected)
 
 
 def test_deterministic_mode():

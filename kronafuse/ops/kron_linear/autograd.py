@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...planner import choose
+from ...shapes import KronShape
 from ..calls import bind_by_position
 from .algorithm import LAYER_GRADIENTS, TERM_GRADIENTS
 from .raw import LAYER_TENSORS, TERM_TENSORS, Layout, backward, forward
@@ -40,6 +43,13 @@ class KronGroup(torch.autograd.Function):
             if not any(needs[index] for index in range(0, split, LAYER_TENSORS)):
                 # dx and dbias come from dy alone: x is not kept, only its shape and dtype.
                 x = x.new_empty(()).expand(x.shape)
+        # What is saved depends on shapes alone, as checkpointing and tracers need it: a small fat T is held beside.
+        ctx.held = {}
+        if not torch.compiler.is_compiling():
+            ctx.held = {
+                index: part for index, part in enumerate(saved) if part.numel() and _is_fat(tensors, split, index)
+            }
+            saved = [x.new_empty(0) if index in ctx.held else part for index, part in enumerate(saved)]
         ctx.save_for_backward(x, *tensors, *saved)
 
     @staticmethod
@@ -59,7 +69,7 @@ class KronGroup(torch.autograd.Function):
         if used and any(needs):
             # Under create_graph the products are recorded, to raise where they are differentiated again.
             products = KronGroupGradient.apply if torch.is_grad_enabled() else KronGroupGradient.forward
-            parts = [saved[index] for index in part.terms]
+            parts = [ctx.held.get(index, saved[index]) for index in part.terms]
             dys = [grads[index] for index in used]
             dx, *computed = products(part.of(layout), needs, len(used), *dys, x, *picked, *parts)
             for index, result in zip(part.gradients, computed, strict=True):
@@ -68,6 +78,13 @@ class KronGroup(torch.autograd.Function):
             if need[index * LAYER_TENSORS + BASE]:
                 results[index * LAYER_TENSORS + BASE] = grads[index]
         return None, dx if used and need_x else None, *results
+
+
+def _is_fat(tensors: Sequence[Tensor | None], split: int, term: int) -> bool:
+    """Whether the T of this term is fat; its factors stand behind the layers' tensors."""
+    a, b, b_down = tensors[split + term * TERM_TENSORS :][:3]
+    assert b is not None
+    return not choose(KronShape.of(a, b, b_down)).thin
 
 
 class KronGroupGradient(torch.autograd.Function):
