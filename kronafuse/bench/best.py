@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import geometric_mean
 
+from ..testing.cases import CASES
 from .records import Row
 
 Problem = tuple[str, str, int, int, str, str]
-NO_BASELINE = ("frozen", "peft_lora_r16")
-"""The layer without the adapter, and another adapter: no way to compute the case."""
+NO_BASELINE = ("frozen",)
+"""The layer without the adapter: no way to compute the case. PEFT's LoRA is none of another adapter either."""
 
 
 def by_problem(rows: Iterable[Row]) -> dict[Problem, dict[str, Row]]:
@@ -24,12 +25,26 @@ def by_problem(rows: Iterable[Row]) -> dict[Problem, dict[str, Row]]:
 
 def best_baseline(arms: Mapping[str, Row]) -> Row | None:
     """The fastest arm that computes the case and is not ours."""
-    baselines = [
-        row
-        for row in arms.values()
-        if row.impl is None and row.arm not in NO_BASELINE and row.time_us is not None
-    ]
-    return min(baselines, key=lambda row: _median(row), default=None)
+    baselines = [row for row in _timed_alike(arms.values()) if row.impl is None and _is_baseline(row)]
+    return min(baselines, key=_median, default=None)
+
+
+def _is_baseline(row: Row) -> bool:
+    """Whether the arm computes the case: LoRA does where the case is LoRA."""
+    if row.arm == "peft_lora_r16":
+        return row.case in CASES and not CASES[row.case].has_a
+    return row.arm not in NO_BASELINE
+
+
+def same_basis(row: Row, other: Row) -> bool:
+    """Whether both have device time, or neither has: wall time does not compare with it."""
+    return (row.device_us is None) == (other.device_us is None)
+
+
+def _timed_alike(rows: Iterable[Row]) -> list[Row]:
+    """Those with device time where any has it, else those with wall time."""
+    timed = [row for row in rows if row.time_us is not None]
+    return [row for row in timed if row.device_us is not None] or timed
 
 
 def times_faster(row: Row, other: Row) -> float:
@@ -38,7 +53,7 @@ def times_faster(row: Row, other: Row) -> float:
 
 
 def same_time(row: Row, other: Row) -> bool:
-    """Whether the two cannot be told apart."""
+    """Whether the two, of one basis, cannot be told apart."""
     assert row.time_us is not None
     assert other.time_us is not None
     return row.time_us.equals(other.time_us)
@@ -51,8 +66,8 @@ def no_slower(row: Row, other: Row) -> bool:
 
 def fastest_of_ours(arms: Mapping[str, Row]) -> Row | None:
     """The fastest of our implementations that ran, which `auto` could take."""
-    ours = [row for row in arms.values() if row.impl is not None and row.time_us is not None]
-    return min(ours, key=lambda row: row.time_us.median if row.time_us else 0.0, default=None)
+    ours = [row for row in _timed_alike(arms.values()) if row.impl is not None]
+    return min(ours, key=_median, default=None)
 
 
 def mean_of(ratios: Sequence[float]) -> float | None:

@@ -39,8 +39,10 @@ def measure_ceilings(
     moved = 2 * source.numel() * source.element_size()
     copy = _spread(timer, partial(target.copy_, source), part)
     del source, target
+    launch_us = _launch_us(timer, part)
+    # Last, so that clocks that are read now are those of a busy GPU.
     rates = {dtype_name(dtype): _gemm_rate(timer, dtype, size, part) for dtype in dtypes}
-    return Ceilings(1e6 * moved / copy.low, rates, _launch_us(timer, part))
+    return Ceilings(1e6 * moved / copy.low, rates, launch_us)
 
 
 def _launch_us(timer: Timer, seconds: float) -> float | None:

@@ -17,7 +17,7 @@ from .problems import Expected, Problem, expected
 from .records import Accuracy
 
 TRUTH_TOKENS = 512
-"""Tokens on which results are compared with float64; gradients of the others are zero then."""
+"""Tokens on which results are compared with float64, spread over all; gradients of the others are zero then."""
 OFF = 0.05
 """A baseline whose RMS error is a larger part of the truth's RMS computes something else."""
 MOST_KERNELS = 12
@@ -41,12 +41,19 @@ class Checked:
     tokens: int
 
 
+def truth_rows(tokens: int, device: torch.device) -> Tensor:
+    """The compared rows: all, or TRUTH_TOKENS of them at even distances, the first and the last included."""
+    count = min(TRUTH_TOKENS, tokens)
+    return torch.linspace(0, tokens - 1, count, dtype=torch.float64, device=device).round().long()
+
+
 class Checks:
     """The truths of one problem, each computed once."""
 
     def __init__(self, problem: Problem) -> None:
-        self.tokens = min(TRUTH_TOKENS, problem.spec.tokens)
-        self.problem = problem.masked(self.tokens)
+        self.rows = truth_rows(problem.spec.tokens, problem.spec.device)
+        self.tokens = len(self.rows)
+        self.problem = problem.masked(self.rows)
         self.bare = problem.without_base()
         self.trains, self.dtype = problem.spec.trains, problem.spec.dtype
 
@@ -63,7 +70,7 @@ class Checks:
         right = self._expected(self.bare, built)
         with torch.set_grad_enabled(self.trains):
             ys = built.forward()
-        found = {f"y{index}": y.detach()[: self.tokens] for index, y in enumerate(ys)}
+        found = self._outputs(ys, " of the delta alone")
         self._judge(arm, found, right, " of the delta alone")
         delta, chain_delta = (_outputs(each, right) for each in (found, right.yardstick))
         return Checked(Accuracy(*ours, *delta), Accuracy(*chain, *chain_delta), self.tokens)
@@ -77,23 +84,33 @@ class Checks:
         bare = problem is self.bare
         wanted = tuple(built.leaves) if self.trains and not bare else ()
         if built.own is not None:
-            return expected(built.own, wanted, self.tokens)
+            return expected(built.own, wanted, self.rows)
         if (bare, wanted) not in self._known:
-            self._known[bare, wanted] = expected(problem, wanted, self.tokens)
+            self._known[bare, wanted] = expected(problem, wanted, self.rows)
         return self._known[bare, wanted]
 
+    def _outputs(self, ys: Sequence[Tensor], of: str) -> dict[str, Tensor]:
+        """The compared rows of the outputs, which must be finite in all rows."""
+        found = {}
+        for index, y in enumerate(ys):
+            if not y.isfinite().all().item():
+                raise WrongArm(f"y{index}{of}: not finite everywhere")
+            found[f"y{index}"] = y.detach()[self.rows]
+        return found
+
     def _results(self, built: Built) -> dict[str, Tensor]:
-        """Outputs and gradients of the first tokens."""
+        """Outputs and gradients of the compared rows."""
         with torch.set_grad_enabled(self.trains):
             ys = list(built.forward())
-        found = {f"y{index}": y.detach()[: self.tokens] for index, y in enumerate(ys)}
+        found = self._outputs(ys, "")
         if self.trains:
             grads = torch.autograd.grad(ys, list(built.leaves.values()), list(self.problem.dys))
             named = {f"d{name}": grad for name, grad in zip(built.leaves, grads, strict=True)}
-            rest = named["dx"][self.tokens :]
-            if rest.count_nonzero().item():
+            others = torch.ones(len(named["dx"]), dtype=torch.bool, device=self.rows.device)
+            others[self.rows] = False
+            if named["dx"][others].count_nonzero().item():
                 raise WrongArm("dx: not zero where dy is zero")
-            found |= {**named, "dx": named["dx"][: self.tokens]}
+            found |= {**named, "dx": named["dx"][self.rows]}
         return found
 
     def _judge(self, arm: Arm, found: Mapping[str, Tensor], right: Expected, of: str) -> None:
@@ -160,7 +177,12 @@ def observe(step: Callable[[], object], device: torch.device) -> Seen:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     averages = profiler.key_averages()
-    on_device = [each for each in averages if each.device_type.name != "CPU"]
+    # Ranges that a library marks (`record_function`) are listed beside the kernels inside them.
+    on_device = [
+        each
+        for each in averages
+        if each.device_type.name != "CPU" and not getattr(each, "is_user_annotation", False)
+    ]
     operators = [each for each in averages if each.device_type.name == "CPU" and "::" in each.key]
     kernels = sorted(on_device, key=lambda each: -each.self_device_time_total)
     operators.sort(key=lambda each: -each.self_cpu_time_total)

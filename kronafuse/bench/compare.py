@@ -108,6 +108,9 @@ def _differences(before: Results, after: Results) -> tuple[str, ...]:
         old, new = getattr(before.machine, name), getattr(after.machine, name)
         if old != new:
             found.append(f"{name}: {old}, then {new}")
+    tables = before.machine.tuned, after.machine.tuned
+    if tables[0] != tables[1]:
+        found.append(f"tuned table: {tables[0] or 'unknown'}, then {tables[1] or 'unknown'}")
     cpu, other = before.machine.cpu, after.machine.cpu
     if (cpu.brand, cpu.threads) != (other.brand, other.threads):
         found.append(f"CPU: {cpu.brand} with {cpu.threads} threads, then {other.brand} with {other.threads}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import re
@@ -10,15 +12,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path, PurePath
 
 import torch
 
 from ..env import package_version
+from ..ops import tuned
 from ..version import VERSION
 from .records import Clocks, Cpu, Gpu, Machine
 
+COMMIT = "KRONAFUSE_COMMIT"
+"""Environment variable that names the commit of a copy without a repository."""
 CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem")
 """What nvidia-smi is asked for, in the order of `Clocks`."""
 
@@ -43,7 +49,21 @@ def describe(command: Sequence[str] | None = None) -> Machine:
         ),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         command=command_text(sys.argv if command is None else command),
+        tuned=tuned_digest(),
     )  # fmt: skip
+
+
+def tuned_digest() -> str:
+    """Which tuned table the kernels read: the beginning of the SHA-256 of its rows, or "empty"."""
+    rows = sorted(json.dumps(asdict(row), sort_keys=True) for row in tuned.read(tuned.in_use()))
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:12] if rows else "empty"
+
+
+def with_clocks(machine: Machine) -> Machine:
+    """The machine with its clocks as they are now; called behind a large GEMM, not on an idle GPU."""
+    if machine.gpu is None:
+        return machine
+    return replace(machine, gpu=_gpu(torch.cuda.current_device()))
 
 
 def command_text(words: Sequence[str]) -> str:
@@ -65,10 +85,13 @@ def last_level_cache_bytes() -> int | None:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit of the source tree that this package lies in, and whether it was changed since."""
+    """The commit of the source tree that this package lies in, and whether it was changed since.
+
+    Where there is no repository: what COMMIT says, if anything.
+    """
     root = Path(__file__).parents[2]
     if shutil.which("git") is None or not (root / ".git").exists():
-        return None, None
+        return os.environ.get(COMMIT) or None, None
     commit = _output(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"])
     changes = _output(["git", "-C", str(root), "status", "--porcelain"])
     return commit or None, None if changes is None else bool(changes)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from .best import by_problem, fastest_of_ours, mean_of, no_slower, times_faster
+from .best import by_problem, fastest_of_ours, mean_of, no_slower, same_basis, times_faster
 from .records import Results, Row
 from .targets import targets
 
@@ -93,10 +93,10 @@ def _layers(results: Results) -> list[str]:
     )
     groups: dict[tuple[str, int, str, str], list[tuple[Row, Row]]] = {}
     for (suite, case, _batch, tokens, dtype, mode), arms in by_problem(results.rows).items():
-        ours = fastest_of_ours(arms)
-        if suite == "kron_linear" and ours is not None and "einsum" in arms:
+        ours, chain = fastest_of_ours(arms), arms.get("einsum")
+        if suite == "kron_linear" and ours is not None and chain is not None and same_basis(ours, chain):
             layer = case.rsplit("-", 1)[0]
-            groups.setdefault((layer, tokens, dtype, mode), []).append((ours, arms["einsum"]))
+            groups.setdefault((layer, tokens, dtype, mode), []).append((ours, chain))
     for (layer, tokens, dtype, mode), pairs in groups.items():
         each = [1 / times_faster(ours, chain) for ours, chain in pairs]
         slower = sum(not no_slower(ours, chain) for ours, chain in pairs)

@@ -95,9 +95,9 @@ def _roofline(results: Results, measured: Mapping[Problem, Mapping[str, Row]]) -
         best = best_baseline(arms)
         shown = [row for row in arms.values() if row.impl is not None or row.arm in ("frozen", "chain")]
         for row in [*shown, *([best] if best is not None and best not in shown else [])]:
-            if row.flops and row.bytes_moved and row.time_us:
+            if row.flops and row.bytes_moved and row.from_memory_us:
                 name = row.arm if row in shown else "best baseline"
-                rate = row.flops / (row.time_us.median * 1e-6)
+                rate = row.flops / (row.from_memory_us.median * 1e-6)
                 points.setdefault(name, []).append((row.flops / row.bytes_moved, rate))
     for name, values in points.items():
         axes.scatter(*zip(*values, strict=True), label=name, s=18)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -42,6 +42,11 @@ class Spec:
     device: torch.device
     factor_dtype: torch.dtype
 
+    @property
+    def problem(self) -> tuple[Suite, str, int, int, str, Mode]:
+        """As its rows say it: `records.Row.problem`."""
+        return self.suite, self.case.name, self.batch, self.tokens, dtype_name(self.dtype), self.mode
+
     def __str__(self) -> str:
         return f"{self.case.name}, {self.tokens} tokens, {dtype_name(self.dtype)}, {self.mode}"
 
@@ -74,7 +79,11 @@ class Problem(Protocol):
         ...
 
     def size_bytes(self) -> int:
-        """All inputs and outputs."""
+        """What a copy takes: inputs and dy."""
+        ...
+
+    def read_bytes(self) -> int:
+        """What a call reads at least: inputs, and dy in a training step."""
         ...
 
     @property
@@ -82,8 +91,8 @@ class Problem(Protocol):
         """Gradients that come from behind, one an output."""
         ...
 
-    def masked(self, tokens: int) -> Problem:
-        """The same with dy zero but for the first tokens, so that all gradients come from them."""
+    def masked(self, rows: Tensor) -> Problem:
+        """The same with dy zero but for these rows, so that all gradients come from them."""
         ...
 
 
@@ -118,14 +127,17 @@ class KronProblem:
             layers=tuple(_changed(layer, torch.zeros_like, lambda each: each) for layer in self.layers),
         )
 
-    def masked(self, tokens: int) -> KronProblem:
-        """The same with dy zero but for the first tokens."""
-        return replace(self, dys=tuple(_masked(dy, tokens) for dy in self.dys))
+    def masked(self, rows: Tensor) -> KronProblem:
+        """The same with dy zero but for these rows."""
+        return replace(self, dys=tuple(_masked(dy, rows) for dy in self.dys))
 
     def size_bytes(self) -> int:
-        """x, weights, factors, and y and dy of each layer."""
-        inputs = tensors_of(self.x, self.layers).values()
-        return sum(each.nbytes for each in inputs) + 2 * sum(dy.nbytes for dy in self.dys)
+        """x, weights, factors, and dy of each layer."""
+        return _bytes(tensors_of(self.x, self.layers).values()) + _bytes(self.dys)
+
+    def read_bytes(self) -> int:
+        """x, weights and factors, and dy in a training step."""
+        return self.size_bytes() - (0 if self.spec.trains else _bytes(self.dys))
 
 
 def _changed(
@@ -144,10 +156,14 @@ def _changed(
     return layer._replace(weight=weight(layer.weight), terms=terms)
 
 
-def _masked(dy: Tensor, tokens: int) -> Tensor:
+def _masked(dy: Tensor, rows: Tensor) -> Tensor:
     masked = torch.zeros_like(dy)
-    masked[:tokens] = dy[:tokens]
+    masked[rows] = dy[rows]
     return masked
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(each.nbytes for each in tensors)
 
 
 def _random(source: torch.Generator, size: Sequence[int], fan_in: int, dtype: torch.dtype) -> Tensor:
@@ -204,13 +220,17 @@ class BottleneckProblem:
         """The same without a residual."""
         return replace(self, spec=replace(self.spec, case=replace(self.case, residual="none")))
 
-    def masked(self, tokens: int) -> BottleneckProblem:
-        """The same with dy zero but for the first tokens."""
-        return replace(self, dys=tuple(_masked(dy, tokens) for dy in self.dys))
+    def masked(self, rows: Tensor) -> BottleneckProblem:
+        """The same with dy zero but for these rows."""
+        return replace(self, dys=tuple(_masked(dy, rows) for dy in self.dys))
 
     def size_bytes(self) -> int:
-        """x, factors, and y and dy."""
-        return sum(each.nbytes for each in self.tensors.values()) + 2 * sum(dy.nbytes for dy in self.dys)
+        """x, factors and dy."""
+        return _bytes(self.tensors.values()) + _bytes(self.dys)
+
+    def read_bytes(self) -> int:
+        """x and factors, and dy in a training step."""
+        return self.size_bytes() - (0 if self.spec.trains else _bytes(self.dys))
 
 
 def _bottleneck(spec: Spec, source: torch.Generator) -> BottleneckProblem:
@@ -230,19 +250,19 @@ def _bottleneck(spec: Spec, source: torch.Generator) -> BottleneckProblem:
 
 @dataclass(frozen=True)
 class Expected:
-    """Truth, the eager chain's results, and the noise that results may show, of the first tokens; by name."""
+    """Truth, the eager chain's results, and the noise that results may show, of the compared rows; by name."""
 
     truth: Results
     yardstick: Results
     noise: Results
 
 
-def expected(problem: Problem, wanted: Sequence[str], tokens: int) -> Expected:
-    """Outputs y0, y1, … and gradients d<name> of the wanted tensors."""
+def expected(problem: Problem, wanted: Sequence[str], rows: Tensor) -> Expected:
+    """Outputs y0, y1, … and gradients d<name> of the wanted tensors, from these rows alone."""
     if isinstance(problem, BottleneckProblem):
-        return _expected_bottleneck(problem, wanted, tokens)
+        return _expected_bottleneck(problem, wanted, rows)
     assert isinstance(problem, KronProblem)
-    x, dys = problem.x[:tokens], [dy[:tokens] for dy in problem.dys]
+    x, dys = problem.x[rows], [dy[rows] for dy in problem.dys]
     return Expected(
         run(kron_linear_group_ref, x, problem.layers, dys, wanted, torch.float64),
         run(eager_chain, x, problem.layers, dys, wanted),
@@ -250,10 +270,10 @@ def expected(problem: Problem, wanted: Sequence[str], tokens: int) -> Expected:
     )
 
 
-def _expected_bottleneck(problem: BottleneckProblem, wanted: Sequence[str], tokens: int) -> Expected:
+def _expected_bottleneck(problem: BottleneckProblem, wanted: Sequence[str], rows: Tensor) -> Expected:
     """y is y0, as of a group of one."""
-    tensors = {**problem.tensors, "x": problem.tensors["x"][:tokens]}
-    dy, case = problem.dys[0][:tokens], problem.case
+    tensors = {**problem.tensors, "x": problem.tensors["x"][rows]}
+    dy, case = problem.dys[0][rows], problem.case
     truth = bottleneck_testing.run(bottleneck_ref, case, tensors, dy, wanted, torch.float64)
     chain = bottleneck_testing.run(bottleneck_testing.bottleneck_chain, case, tensors, dy, wanted)
     noise = bottleneck_testing.noise_of(case, tensors, dy)

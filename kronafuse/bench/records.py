@@ -14,6 +14,9 @@ from .decoding import decode
 SCHEMA = 1
 """Version of the files; another one is refused."""
 
+NOT_COVERED = "does not cover this case"
+"""Begins the error of a row whose arm has reasons against the case; every other error is a failure."""
+
 Suite = Literal["kron_linear", "kron_linear_group", "bottleneck"]
 Mode = Literal["forward", "forward_backward"]
 Form = Literal["eager", "compiled", "checkpointed"]
@@ -56,7 +59,7 @@ class Row:
     """One arm on one problem. Times are of one call, in microseconds; None is what was not measured.
 
     arm:            what ran; ours is named ours_<impl>
-    device_us:      CUDA-graph replay (CUDA only); cold: arguments rotated past twice the L2
+    device_us:      CUDA-graph replay (CUDA only; None where capture failed); cold: what is read exceeds twice the L2
     wall_us:        eager calls, until their results are there; cold: arguments rotated past the last-level cache
     host_us:        until an eager forward returns, in a training step with gradients tracked (CUDA only)
     ratio_to_frozen: of medians from turns with the frozen layer; device time on CUDA, wall time on a CPU
@@ -64,7 +67,8 @@ class Row:
     accuracy:       of this arm; `yardstick` is that of the eager chain on the same inputs
     truth_tokens:   tokens on which accuracy was taken
     peak_bytes:     allocated at most during one call, above what was there before it (CUDA only)
-    floor_us:       of the least FLOPs and bytes at the machine's measured ceilings
+    floor_us:       of the least FLOPs and bytes at the machine's measured ceilings; its percentage is of cold time
+                    on CUDA
     kernels:        names that the profiler saw, in order of time: of kernels on CUDA, of operators on a CPU
     launches:       kernels launched in one call (CUDA only)
     error:          why there are no figures; None where there are
@@ -111,6 +115,11 @@ class Row:
         """What ratios are made of: device time where there is one, else wall time."""
         return self.device_us or self.wall_us
 
+    @property
+    def from_memory_us(self) -> Spread | None:
+        """What bandwidths and percentages of the floor are made of: cold device time where there is one."""
+        return self.device_cold_us or self.time_us
+
 
 @dataclass(frozen=True)
 class StepRow:
@@ -133,7 +142,7 @@ class StepRow:
 
 @dataclass(frozen=True)
 class Clocks:
-    """Clocks in MHz when the run began, and their largest values."""
+    """Clocks in MHz behind the large GEMMs of the ceilings, and their largest values."""
 
     sm_mhz: int | None
     sm_max_mhz: int | None
@@ -168,7 +177,10 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What ran, on what: neither the machine's name nor a path."""
+    """What ran, on what: neither the machine's name nor a path.
+
+    tuned: which table of configurations the kernels read, as a digest of its rows, or "empty"; None in older files
+    """
 
     commit: str | None
     dirty: bool | None
@@ -183,6 +195,7 @@ class Machine:
     cpu: Cpu
     date: str
     command: str
+    tuned: str | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -13,13 +13,15 @@ from .arms import ARMS, CHAINS, Arm
 from .arms.arm import forward_of, step_of
 from .ceilings import dtype_name
 from .checking import Checked, Checks, Seen, observe, require_evidence
+from .device import is_fatal, is_lost
 from .floors import Cost, cost, is_thin
 from .problems import Problem, Spec
+from .records import NOT_COVERED as NOT_COVERED
 from .records import Ceilings, Row, Suite
 from .timing import ArmError, Call, Timer, Timing
 
-NOT_COVERED = "does not cover this case"
-"""Begins the error of a row whose arm has reasons against the case; every other error is a failure."""
+LOST = "the device was lost by"
+"""Begins the error of the arm behind which nothing more runs on the device."""
 MOST_COPIES = 64
 COPY_BYTES = {"cuda": 2**34, "cpu": 2**31}
 """What the copies of a problem may take together."""
@@ -44,6 +46,8 @@ def run_spec(
     """One row for every arm, in their order. What an arm raises becomes its row's error; the others go on.
 
     seconds: for the turns of all arms together; checks and compilation come on top
+
+    Where the device is lost, there are rows of the arms that failed alone: `lost_by` finds that out.
     """
     torch.compiler.reset()
     problem = spec.make()
@@ -53,37 +57,52 @@ def run_spec(
     failed: dict[str, str] = {}
     for arm in arms:
         reasons = arm.reasons(spec)
+        if lost_by(failed.values()):
+            break
         if reasons:
             failed[arm.name] = f"{NOT_COVERED}: {'; '.join(reasons)}"
-            continue
-        try:
-            entries[arm.name] = _prepare(arm, copies, checks)
-        except Exception as error:
-            failed[arm.name] = _text(error)
+        else:
+            try:
+                entries[arm.name] = _prepare(arm, copies, checks)
+            except Exception as error:
+                failed[arm.name] = _failure(arm.name, error, spec.device)
     timings = _measure(entries, failed, timer, seconds)
+    lost = lost_by(failed.values()) is not None
     rows = []
     for arm in arms:
         row = _row(spec, arm)
         if arm.name in failed:
             rows.append(replace(row, error=failed[arm.name], notes=()))
-        else:
+        elif not lost:
             rows.append(_measured(row, entries[arm.name], timings, ceilings, notes))
     del entries, checks, copies, problem
     gc.collect()
-    if spec.device.type == "cuda":
+    if spec.device.type == "cuda" and not lost:
         torch.cuda.empty_cache()
     return rows
 
 
+def lost_by(errors: Iterable[str | None]) -> str | None:
+    """What lost the device, if one of the errors says so."""
+    return next((each for each in errors if each is not None and each.startswith(LOST)), None)
+
+
+def _failure(arm: str, error: Exception, device: torch.device) -> str:
+    """The text of a row's error. Behind a fatal one nothing more runs in this process."""
+    if is_fatal(error) or is_lost(device):
+        return f"{LOST} {arm}: {_text(error)}"
+    return _text(error)
+
+
 def copies_of(problem: Problem, cold_bytes: int) -> tuple[list[Problem], tuple[str, ...]]:
-    """The problem and as many copies as exceed the cache together; a note where memory forbids it."""
-    size_bytes = max(problem.size_bytes(), 1)
-    wanted = max(2, cold_bytes // size_bytes + 1)
+    """The problem and as many copies as read more than the cache together; a note where memory forbids it."""
+    read_bytes, size_bytes = max(problem.read_bytes(), 1), max(problem.size_bytes(), 1)
+    wanted = max(2, cold_bytes // read_bytes + 1)
     allowed = max(2, min(MOST_COPIES, COPY_BYTES[problem.spec.device.type] // size_bytes))
     count = min(wanted, allowed)
     notes = ()
     if count < wanted:
-        notes = (f"cold: {count} copies of {size_bytes} bytes, less than {cold_bytes} bytes together",)
+        notes = (f"cold: {count} copies of {read_bytes} bytes read, less than {cold_bytes} bytes together",)
     return [problem, *(problem.copy() for _ in range(count - 1))], notes
 
 
@@ -126,13 +145,14 @@ def _measure(
     entries: dict[str, Entry], failed: dict[str, str], timer: Timer, seconds: float
 ) -> Mapping[str, Timing]:
     """Times of all entries; one that raises is taken out, and the others are measured anew."""
-    while entries:
+    while entries and lost_by(failed.values()) is None:
         try:
             steps = {name: entry.steps for name, entry in entries.items()}
             forwards = {name: entry.forward for name, entry in entries.items()}
             return timer.measure(steps, seconds, forwards)
         except ArmError as error:
-            failed[error.arm] = f"while it was timed: {_text(error.error)}"
+            text = _failure(error.arm, error.error, timer.device)
+            failed[error.arm] = text if text.startswith(LOST) else f"while it was timed: {text}"
             del entries[error.arm]
     return {}
 
@@ -168,7 +188,7 @@ def _measured(
         launches=entry.seen.launches,
         notes=(*row.notes, *notes, *timing.notes),
     )
-    spent = row.time_us
+    spent = row.from_memory_us
     assert spent is not None
     floor = ceilings.floor_us(entry.cost.flops, entry.cost.size_bytes, row.dtype) if ceilings else None
     return replace(
@@ -181,8 +201,8 @@ def _measured(
 
 
 def _ratio(timing: Timing, other: Timing | None) -> float | None:
-    """Of medians: device time where both have it, else wall time."""
-    if other is None:
+    """Of medians: device time, or wall time where neither has any; None where only one of them has."""
+    if other is None or (timing.device_us is None) != (other.device_us is None):
         return None
     if timing.device_us and other.device_us:
         return timing.device_us.median / other.device_us.median

@@ -6,24 +6,26 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from .best import best_baseline, by_problem, same_time, times_faster
+from .best import best_baseline, by_problem, same_basis, same_time, times_faster
 from .records import Ceilings, Machine, Row, Spread
 
 COLUMNS = (
     "arm", "time µs", "±", "cold µs", "wall µs", "host µs", "GB/s", "TFLOP/s", "% floor", "× frozen", "× best",
     "RMS y", "RMS Δ", "peak MB", "target",
 )  # fmt: skip
-"""time: device time on CUDA, wall time on a CPU. × frozen: this time over the frozen layer's. × best: how many times
-faster than the fastest baseline; "=" where the two cannot be told apart."""
+"""time: device time on CUDA, wall time on a CPU. GB/s and % floor: of the cold time on CUDA. × frozen:
+this time over the frozen layer's. × best: how many times faster than the fastest baseline; "=" where the two
+cannot be told apart."""
 
 
 def cells(row: Row, best: Row | None) -> list[str]:
     """The texts of a row without an error, in the order of COLUMNS."""
-    spent, accuracy = row.time_us, row.accuracy
+    spent, from_memory, accuracy = row.time_us, row.from_memory_us, row.accuracy
     assert spent is not None
+    assert from_memory is not None
     cold = row.device_cold_us if row.device_us else row.wall_cold_us
     against = ""
-    if best is not None and best.arm != row.arm and row.arm != "frozen":
+    if best is not None and best.arm != row.arm and row.arm != "frozen" and same_basis(row, best):
         against = "=" if same_time(row, best) else f"{times_faster(row, best):.2f}"
     return [
         row.arm,
@@ -32,7 +34,7 @@ def cells(row: Row, best: Row | None) -> list[str]:
         microseconds(cold),
         microseconds(row.wall_us),
         microseconds(row.host_us),
-        "" if row.bytes_moved is None else f"{row.bytes_moved / spent.median / 1e3:.3g}",
+        "" if row.bytes_moved is None else f"{row.bytes_moved / from_memory.median / 1e3:.3g}",
         "" if row.flops is None else f"{row.flops / spent.median / 1e6:.3g}",
         "" if row.percent_of_floor is None else f"{row.percent_of_floor:.0f}",
         "" if row.ratio_to_frozen is None else f"{row.ratio_to_frozen:.2f}",
@@ -101,7 +103,7 @@ def machine_lines(machine: Machine, ceilings: Ceilings | None) -> list[str]:
         if gpu.clocks is not None:
             clocks = gpu.clocks
             lines.append(
-                f"clocks at the start: SM {clocks.sm_mhz} of {clocks.sm_max_mhz} MHz,"
+                f"clocks behind the GEMM: SM {clocks.sm_mhz} of {clocks.sm_max_mhz} MHz,"
                 f" memory {clocks.memory_mhz} of {clocks.memory_max_mhz} MHz"
             )
     if ceilings is not None:

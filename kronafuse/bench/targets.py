@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from ..testing.bottleneck_cases import CASES as BOTTLENECK_CASES
 from ..testing.cases import CASES
-from .best import Problem, by_problem, fastest_of_ours, mean_of, no_slower, times_faster
-from .records import Ceilings, Results, Row, Verdict
+from .best import Problem, by_problem, fastest_of_ours, mean_of, no_slower, same_basis, times_faster
+from .records import NOT_COVERED, Ceilings, Results, Row, Verdict
 
 LONG_US = 15.0
 LAUNCH_SLACK = 1.1
@@ -24,7 +24,7 @@ TO_FROZEN = {
     (False, "forward_backward"): 1.30,
 }
 """Thin or fat, and mode -> largest ratio to the frozen layer."""
-LYCORIS_ARMS = ("lycoris_rebuild", "lycoris_bypass", "lycoris_bypass_triton")
+LYCORIS_ARMS = ("lycoris_rebuild", "lycoris_bypass", "lycoris_bypass_auto", "lycoris_bypass_triton")
 FASTER_THAN_LYCORIS, FASTER_THAN_AUTOCAST, FASTER_THAN_PEFT = 1.3, 2.2, 4.0
 HOST_US = 15.0
 """Host time of our CUDA implementation beyond the frozen layer's, with gradients."""
@@ -50,14 +50,34 @@ class Target:
 
 
 def targets(results: Results) -> list[Target]:
-    """All targets of the machine that ran; without a case to judge one by, it is not measured."""
+    """All targets of the machine that ran; without a case to judge one by, it is not measured.
+
+    A case on which ours is wrong or fails has no figure; what it would be judged by is then missed.
+    """
     measured = by_problem(results.rows)
+    failed = [row for row in results.rows if _has_failed(row)]
     if results.machine.gpu is None:
-        return _cpu(measured)
+        return _cpu(measured, failed)
     found = []
     for impl in dict.fromkeys(row.impl for row in results.rows if row.impl in ("triton", "cuda")):
-        found += _cuda(measured, f"ours_{impl}", results.ceilings)
+        found += _cuda(measured, f"ours_{impl}", results.ceilings, failed)
     return found
+
+
+def _has_failed(row: Row) -> bool:
+    """Whether it is ours and has no figures, though nothing was said against the case."""
+    return row.impl is not None and row.error is not None and not row.error.startswith(NOT_COVERED)
+
+
+def _with_failures(target: Target, failed: Iterable[Row]) -> Target:
+    """The target with the cases that failed: it is not met."""
+    count = len(list(failed))
+    if not count:
+        return target
+    figure = f"{target.cases} of {target.cases + count}, {count} failed"
+    if target.figure:
+        figure = f"{target.figure}; {figure}"
+    return replace(target, figure=figure, verdict="missed")
 
 
 def lines(results: Results) -> list[str]:
@@ -79,7 +99,7 @@ def judged(rows: Sequence[Row], ceilings: Ceilings | None) -> list[Row]:
 def _judged(row: Row, arms: Arms, ceilings: Ceilings | None) -> Row:
     if row.device_us is None:
         chain = arms.get("chain" if row.suite == "bottleneck" else "einsum")
-        if chain is None or row.arm == chain.arm:
+        if chain is None or row.arm == chain.arm or not same_basis(row, chain):
             return row
         return replace(row, target="no slower than the chain", verdict=_verdict(no_slower(row, chain)))
     if row.suite == "bottleneck":
@@ -117,9 +137,9 @@ def within_launches(row: Row, arms: Arms, ceilings: Ceilings | None) -> bool:
 
 def copy_share(row: Row, ceilings: Ceilings | None) -> float | None:
     """Bytes that must move, over the time, as a part of the copy bandwidth."""
-    if ceilings is None or row.bytes_moved is None or row.time_us is None:
+    if ceilings is None or row.bytes_moved is None or row.from_memory_us is None:
         return None
-    return row.bytes_moved / (row.time_us.median * 1e-6) / ceilings.copy_bytes_per_s
+    return row.bytes_moved / (row.from_memory_us.median * 1e-6) / ceilings.copy_bytes_per_s
 
 
 def _narrow(row: Row) -> bool:
@@ -159,8 +179,13 @@ def _every(
     return Target(name, limit, figure, len(values), _verdict(kept == len(values)))
 
 
-def _cuda(measured: Measured, arm: str, ceilings: Ceilings | None) -> list[Target]:
+def _cuda(measured: Measured, arm: str, ceilings: Ceilings | None, failed: Sequence[Row]) -> list[Target]:
     found = []
+    failed = [row for row in failed if row.arm == arm and row.dtype == "bfloat16"]
+    broken = [row for row in failed if row.suite == "kron_linear"]
+    broken_training = [row for row in broken if row.mode == "forward_backward"]
+    broken_lokr = [row for row in broken_training if _has_lokr(row)]
+    measured = {problem: _on_device(arms) for problem, arms in measured.items()}
     long = [
         arms
         for (suite, *_, dtype, _mode), arms in measured.items()
@@ -171,16 +196,20 @@ def _cuda(measured: Measured, arm: str, ceilings: Ceilings | None) -> list[Targe
             arms[arm].ratio_to_frozen for arms in long if (arms[arm].thin, arms[arm].mode) == (thin, mode)
         ]
         kind = "thin" if thin else "fat"
-        found.append(_at_most(f"{arm}, {kind}, {mode}", limit, _known(ratios), " × frozen"))
+        target = _at_most(f"{arm}, {kind}, {mode}", limit, _known(ratios), " × frozen")
+        without = [row for row in broken if (row.thin, row.mode) == (thin, mode)]
+        found.append(_with_failures(target, without))
     training = [arms for arms in long if arms[arm].mode == "forward_backward"]
     lycoris = [ratio for arms in training if (ratio := _faster(arms, arm, LYCORIS_ARMS)) is not None]
-    found.append(_at_least(f"{arm}, LyCORIS' best mode, forward_backward", FASTER_THAN_LYCORIS, lycoris))
-    found.append(
-        _every(f"{arm}, LyCORIS' best mode, each case", "no slower", lycoris, lambda r: r >= 1, " ×")
-    )
+    for target in (
+        _at_least(f"{arm}, LyCORIS' best mode, forward_backward", FASTER_THAN_LYCORIS, lycoris),
+        _every(f"{arm}, LyCORIS' best mode, each case", "no slower", lycoris, lambda r: r >= 1, " ×"),
+    ):
+        found.append(_with_failures(target, broken_lokr))
     for other, limit in (("peft_lokr_autocast", FASTER_THAN_AUTOCAST), ("peft_lokr", FASTER_THAN_PEFT)):
         ratios = [_faster(arms, arm, (other,)) for arms in training]
-        found.append(_at_least(f"{arm}, {other}, forward_backward", limit, _known(ratios)))
+        target = _at_least(f"{arm}, {other}, forward_backward", limit, _known(ratios))
+        found.append(_with_failures(target, broken_lokr))
     small = [
         arms
         for (suite, *_, dtype, _mode), arms in measured.items()
@@ -205,16 +234,31 @@ def _cuda(measured: Measured, arm: str, ceilings: Ceilings | None) -> list[Targe
                 lambda spent: spent <= HOST_US, " µs",
             )
         )  # fmt: skip
-    found.append(_memory(long, arm))
-    return found + _cuda_bottleneck(measured, arm, ceilings)
+    broken_forward = [row for row in broken if row.mode == "forward"]
+    found.append(_with_failures(_memory(long, arm), broken_forward))
+    return found + _cuda_bottleneck(measured, arm, ceilings, failed)
 
 
-def _cuda_bottleneck(measured: Measured, arm: str, ceilings: Ceilings | None) -> list[Target]:
+def _on_device(arms: Arms) -> Arms:
+    """The arms with device time: others compare with none of them."""
+    return {name: row for name, row in arms.items() if row.device_us is not None}
+
+
+def _has_lokr(row: Row) -> bool:
+    """Whether other libraries' LoKr computes the case."""
+    case = CASES.get(row.case)
+    return case is None or (case.has_a and not case.shuffled)
+
+
+def _cuda_bottleneck(
+    measured: Measured, arm: str, ceilings: Ceilings | None, failed: Sequence[Row]
+) -> list[Target]:
+    failed = [row for row in failed if row.suite == "bottleneck" and _narrow(row)]
     rows = [arms[arm] for (suite, *_), arms in measured.items() if suite == "bottleneck" and arm in arms]
     rows = [row for row in rows if row.dtype == "bfloat16" and _narrow(row)]
     shares = [copy_share(row, ceilings) for row in rows if row.mode == "forward"]
     ratios = [row.ratio_to_chain for row in rows if row.mode == "forward_backward"]
-    return [
+    found = [
         _mean(
             f"{arm}, bottleneck, forward", f"at least {COPY_SHARE:.0%} of the copy bandwidth", _known(shares),
             lambda mean: mean >= COPY_SHARE,
@@ -224,6 +268,10 @@ def _cuda_bottleneck(measured: Measured, arm: str, ceilings: Ceilings | None) ->
             [1 / ratio for ratio in _known(ratios)],
         ),
     ]  # fmt: skip
+    return [
+        _with_failures(target, (row for row in failed if row.mode == mode))
+        for target, mode in zip(found, ("forward", "forward_backward"), strict=True)
+    ]
 
 
 def _memory(long: Sequence[Arms], arm: str) -> Target:
@@ -260,7 +308,11 @@ def _host_beyond(arms: Arms, arm: str) -> float | None:
 
 def _faster(arms: Arms, arm: str, others: Sequence[str]) -> float | None:
     """How many times faster than the fastest of the others; None where none of them ran."""
-    ratios = [times_faster(arms[arm], arms[other]) for other in others if other in arms]
+    ratios = [
+        times_faster(arms[arm], arms[other])
+        for other in others
+        if other in arms and same_basis(arms[arm], arms[other])
+    ]
     return min(ratios, default=None)
 
 
@@ -268,7 +320,7 @@ def _known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _cpu(measured: Measured) -> list[Target]:
+def _cpu(measured: Measured, failed: Sequence[Row]) -> list[Target]:
     found = []
     for suites, chain, what in (
         (("kron_linear", "kron_linear_group"), "einsum", "adapted layers"),
@@ -288,7 +340,8 @@ def _cpu(measured: Measured) -> list[Target]:
         )
         figure = f"slower on {slower}, ratios {min(ratios):.2f} to {max(ratios):.2f}" if pairs else ""
         verdict: Verdict = _verdict(slower == 0) if pairs else "not measured"
-        found.append(Target(f"ours, {what}", limit, figure, len(pairs), verdict))
+        target = Target(f"ours, {what}", limit, figure, len(pairs), verdict)
+        found.append(_with_failures(target, (row for row in failed if row.suite in suites)))
     for case, limit in CPU_FASTER.items():
         rows = [
             arms
@@ -301,5 +354,8 @@ def _cpu(measured: Measured) -> list[Target]:
             for arms in rows
             if "peft_lokr" in arms and (ours := fastest_of_ours(arms)) is not None
         ]
-        found.append(_at_least(f"ours, PEFT LoKr, {case}, {CPU_TOKENS} tokens", limit, ratios))
+        target = _at_least(f"ours, PEFT LoKr, {case}, {CPU_TOKENS} tokens", limit, ratios)
+        asked = ("kron_linear", case, CPU_TOKENS, "float32", "forward_backward")
+        without = (row for row in failed if (row.suite, row.case, row.tokens, row.dtype, row.mode) == asked)
+        found.append(_with_failures(target, without))
     return found

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .device import end_allocation
 from .records import Spread
 from .turns import PASSES as PASSES
 from .turns import ArmError as ArmError
@@ -39,7 +40,7 @@ class Timer(Protocol):
     device: torch.device
 
     def cold_bytes(self) -> int:
-        """Bytes that the copies of a call's arguments must exceed together, to be read from memory each time."""
+        """Bytes that calls on all copies must read together, to read from memory each time."""
         ...
 
     def measure(
@@ -88,15 +89,17 @@ HOST_CALLS = 10
 class CudaTimer:
     """Device time by CUDA-graph replay; wall and host time of eager calls.
 
-    cuda: `torch.cuda`, or what behaves like it
+    cuda:           `torch.cuda`, or what behaves like it
+    end_allocation: cleans up behind a capture that failed
 
-    An arm that cannot be captured is timed by events around eager calls, and its `notes` say so.
+    An arm that cannot be captured has no device time; its `notes` say why, and what events around eager calls gave.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cuda", 0))
     cuda: Any = torch.cuda
     clock: Callable[[], float] = time.perf_counter
     least_rounds: int = 3
+    end_allocation: Callable[[torch.device, Any], object] = end_allocation
 
     def cold_bytes(self) -> int:
         """Twice the L2."""
@@ -116,10 +119,14 @@ class CudaTimer:
         first = {name: copies[:1] for name, copies in arms.items()}
         wall, wall_cold = self.eager_times(first, part), self.eager_times(several, part)
         returned = self.host_times(host or {name: copies[0] for name, copies in arms.items()}, part)
-        notes = {name: tuple(dict.fromkeys((*why[name], *why_cold.get(name, ())))) for name in arms}
         return {
             name: Timing(
-                warm[name], cold.get(name), wall[name], wall_cold.get(name), returned[name], notes[name]
+                None if why[name] else warm[name],
+                None if why[name] or why_cold.get(name) else cold.get(name),
+                wall[name],
+                wall_cold.get(name),
+                returned[name],
+                (*_uncaptured("warm", warm, why, name), *_uncaptured("cold", cold, why_cold, name)),
             )
             for name in arms
         }
@@ -141,9 +148,12 @@ class CudaTimer:
     def device_times(
         self, arms: Calls, seconds: float
     ) -> tuple[dict[str, Spread], dict[str, tuple[str, ...]]]:
-        """Device time of one call of each arm, and notes; an arm of several copies goes round them within a graph.
+        """Device time of one call of each arm; an arm of several copies goes round them within a graph.
 
-        The arms must have run before (`warm_up`), so that nothing is compiled or allocated for the first time.
+        Each turn has a replay before the timed one: it brings an arm's own data into the cache, of several copies
+        the last ones, and keeps the device busy while the timed one is launched. The notes of an arm that cannot
+        be captured say why; its time is by events around eager calls and compares with no other. The arms must have
+        run before (`warm_up`), so that nothing is compiled or allocated for the first time.
         """
         players, notes = {}, {}
         for name, copies in arms.items():
@@ -154,8 +164,7 @@ class CudaTimer:
 
         def turn(name: str) -> float:
             player = players[name]
-            if player.settles:
-                player()
+            player()
             start, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             player()
@@ -168,15 +177,14 @@ class CudaTimer:
 
     def _player(self, copies: Sequence[Call]) -> tuple[_Player, tuple[str, ...]]:
         """What replays the calls, and why it is no graph where it is none."""
-        settles = len(copies) == 1
         try:
             single = self._capture(copies, 1)
         except Exception as error:
             self.cuda.synchronize()
-            note = f"event timing, not graph replay; capture failed: {type(error).__name__}: {_first_line(error)}"
-            return _Player(_Eager(copies, HOST_CALLS), HOST_CALLS * len(copies), settles), (note,)
-        if not settles:
-            return _Player(single, len(copies), settles), ()
+            note = f"capture failed: {type(error).__name__}: {_first_line(error)}"
+            return _Player(_Eager(copies, HOST_CALLS), HOST_CALLS * len(copies)), (note,)
+        if len(copies) > 1:
+            return _Player(single, len(copies)), ()
         single()
         self.cuda.synchronize()
         start, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
@@ -186,15 +194,24 @@ class CudaTimer:
         self.cuda.synchronize()
         spent = 1e3 * start.elapsed_time(end)
         calls = max(1, min(MOST_CALLS, round(GRAPH_US / spent))) if spent > 0 else MOST_CALLS
-        return _Player(single if calls == 1 else self._capture(copies, calls), calls, settles), ()
+        return _Player(single if calls == 1 else self._capture(copies, calls), calls), ()
 
     def _capture(self, copies: Sequence[Call], repeats: int) -> Callable[[], object]:
-        """The replay of a graph of all copies, `repeats` times."""
+        """The replay of a graph of all copies, `repeats` times.
+
+        Where it fails, torch may leave its own stream current and the graph's allocations open; both end here.
+        """
+        before, pool = self.cuda.current_stream(), self.cuda.graph_pool_handle()
         graph = self.cuda.CUDAGraph()
-        with self.cuda.graph(graph):
-            for _ in range(repeats):
-                for call in copies:
-                    call()
+        try:
+            with self.cuda.graph(graph, pool=pool):
+                for _ in range(repeats):
+                    for call in copies:
+                        call()
+        except BaseException:
+            self.cuda.set_stream(before)
+            self.end_allocation(self.device, pool)
+            raise
         return graph.replay
 
     def eager_times(self, arms: Calls, seconds: float) -> dict[str, Spread]:
@@ -228,7 +245,6 @@ class _Player:
 
     run: Callable[[], object]
     calls: int
-    settles: bool
 
     def __call__(self) -> None:
         self.run()
@@ -243,6 +259,16 @@ class _Eager:
         for _ in range(self.repeats):
             for call in self.copies:
                 call()
+
+
+def _uncaptured(
+    what: str, spent: Mapping[str, Spread], why: Mapping[str, Sequence[str]], name: str
+) -> list[str]:
+    """The notes of an arm that could not be captured, with its time by events."""
+    return [
+        f"{what}: {each}; {spent[name].median:.1f} µs by events around eager calls"
+        for each in why.get(name, ())
+    ]
 
 
 def _first_line(error: BaseException) -> str:

@@ -21,6 +21,7 @@ from ..formats.atomic import written_beside
 from ..ops import tuned
 from ..ops.launch import OPTIONS, Architecture, Launch
 from ..ops.tuned import Row
+from .device import is_fatal
 from .machine import Machine, describe
 from .records import Spread
 from .timing import Call, Calls
@@ -29,10 +30,10 @@ from .tune_problems import Known, Problem, assert_reached, decider, launches_of,
 
 MOST_CANDIDATES = 6
 """Configurations of one choice that are timed: those of the least predicted time."""
-KERNELS_SHARE = 0.75
-"""Part of the budget after which routes are timed."""
 LEAST_SECONDS = 0.2
 """What the timing of one choice takes at least, its compilations aside."""
+SKIPPED = "Not reached: "
+"""Begins the line of each choice that the budget did not reach."""
 NOTE = "Written by `kronafuse bench tune`; rows are read by kronafuse/ops/tuned.py."
 
 
@@ -130,11 +131,6 @@ def time_problem(
     return Timed(problem, dict(sorted(times.items(), key=lambda each: each[1].median)), failures)
 
 
-def is_fatal(error: BaseException) -> bool:
-    """Whether nothing more can run on the device in this process."""
-    return "CUDA error" in str(error)
-
-
 def row_of(timed: Timed, machine: Machine, gpu: str) -> Row:
     """The table's row: the fastest, and the next beside it."""
     (best, spread), *others = timed.times.items()
@@ -179,11 +175,6 @@ class Progress:
     left: list[Problem] = field(default_factory=list)
 
 
-def in_parts(chosen: Sequence[Problem]) -> list[list[Problem]]:
-    """Kernels, then routes, which are timed in this order."""
-    return [[each for each in chosen if each.is_route == is_route] for is_route in (False, True)]
-
-
 def tune(
     chosen: Sequence[Problem],
     path: Path,
@@ -194,42 +185,46 @@ def tune(
     device: str = "cuda",
     most: int = MOST_CANDIDATES,
     machine: Machine | None = None,
-    ready: Callable[[Problem], object] = lambda _problem: None,
+    ready: Callable[[Problem, float], object] = lambda _problem, _seconds: None,
     report: Callable[[Timed], object] = lambda _timed: None,
 ) -> Progress:
     """Times every problem within the budget and rewrites the table at `path` after each; its other rows stay.
 
-    Kernels first, then routes. A table that is not there yet starts with the rows of the one in use. A problem whose
-    launches all fail is named in the result and the others go on. Raises ValueError where the table at `path` is none.
+    In the order given: that of `problems` has the kernels of a route before it. A table that is not there yet starts
+    with the rows of the one in use. A problem whose launches all fail is named in the result and the others go on.
+    Raises ValueError where the table at `path` is none.
 
-    ready: called before a problem is timed; report: after it
+    ready: called before a problem is timed, with the seconds that are left; report: after it
     """
     machine = machine or describe()
     before = tuned.read(path if path.exists() else tuned.in_use())
     write_table(path, before)
     progress, known = Progress(), dict[tuple[object, ...], Any]()
     started = timer.clock()
-    parts = in_parts(chosen)
-    for part, share in zip(parts, (KERNELS_SHARE if parts[1] else 1.0, 1.0), strict=True):
-        for index, problem in enumerate(part):
-            left = share * seconds - (timer.clock() - started)
-            if left <= 0:
-                progress.left += part[index:]
-                break
-            try:
-                ready(problem)
-                # Half of a fair share: the other half is for warming up and capturing.
-                turn = max(LEAST_SECONDS, left / (len(part) - index) / 2)
-                timed = time_problem(problem, timer, turn, device=device, most=most, known=known)
-            except Exception as error:
-                if is_fatal(error):
-                    raise
-                progress.failures[str(problem)] = str(error)
-                continue
-            known[problem.place] = next(iter(timed.times))
-            progress.rows.append(row_of(timed, machine, gpu))
-            write_table(path, merged(before, progress.rows))
-            report(timed)
+
+    def left() -> float:
+        return seconds - (timer.clock() - started)
+
+    for index, problem in enumerate(chosen):
+        if (remaining := left()) > 0:
+            ready(problem, remaining)
+            remaining = left()
+        if remaining <= 0:
+            progress.left = list(chosen[index:])
+            break
+        try:
+            # Half of a fair share: the other half is for warming up and capturing.
+            turn = max(LEAST_SECONDS, remaining / (len(chosen) - index) / 2)
+            timed = time_problem(problem, timer, turn, device=device, most=most, known=known)
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            progress.failures[str(problem)] = str(error)
+            continue
+        known[problem.place] = next(iter(timed.times))
+        progress.rows.append(row_of(timed, machine, gpu))
+        write_table(path, merged(before, progress.rows))
+        report(timed)
     return progress
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 
 import torch
@@ -59,10 +60,18 @@ class Compilations:
         self._futures = futures
         self.errors: dict[str, str] = {}
 
-    def wait(self, problem: Problem) -> None:
-        """Until the problem's launches are compiled. Where that failed they are when they are timed, one by one."""
+    def wait(self, problem: Problem, seconds: float) -> None:
+        """Until the problem's launches are compiled, at most so long.
+
+        What is not begun is dropped, and what failed or takes longer is noted: timing compiles its launches itself.
+        """
+        future = self._futures[problem.place]
+        if future.cancel():
+            return
         try:
-            self._futures[problem.place].result()
+            future.result(timeout=seconds)
+        except FutureTimeoutError:
+            self.errors[str(problem)] = f"not done within the {seconds:.0f} s that were left"
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
             self.errors[str(problem)] = f"{type(error).__name__}: {first}"

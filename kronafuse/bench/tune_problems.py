@@ -22,18 +22,24 @@ from .tune_candidates import TUNABLES, valid
 
 @dataclass(frozen=True)
 class Subject:
-    """A training step whose launches are tuned: a case with its tokens in all, and the layers that share x."""
+    """A training step whose launches are tuned: a case with its tokens in all, and the layers that share x.
+
+    factor_dtype: of a Kronecker adapter's parameters; mixed-precision training keeps them in fp32
+    """
 
     case: Case | BottleneckCase
     dtype: torch.dtype
     layers: int = 1
+    factor_dtype: torch.dtype = torch.float32
 
     def prepare(self, device: str) -> Call:
         """The step on random tensors of this device."""
         make = partial(torch.randn, device=device)
         if isinstance(self.case, BottleneckCase):
             return prepare_bottleneck_step(self.case, self.dtype, make)
-        return prepare_train_step(self.case, self.dtype, make, layers=self.layers)
+        return prepare_train_step(
+            self.case, self.dtype, make, layers=self.layers, factor_dtype=self.factor_dtype
+        )
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,10 @@ def route_forms() -> Iterator[dict[str, Any]]:
 def problems(
     subjects: Sequence[Subject], architecture: Architecture, kernels: Sequence[str] = ()
 ) -> list[Problem]:
-    """Every choice that the steps come to by any route, each row of the table once; kernels by predicted time.
+    """Every choice that the steps come to by any route, each row of the table once.
+
+    Step by step, so that the first ones are whole whatever a budget leaves out: kernels by predicted time, then the
+    routes, which are timed with the kernels' configurations.
 
     kernels: only theirs; empty: all
     """
@@ -92,8 +101,29 @@ def problems(
                     found.setdefault(problem.place, problem)
     # Without candidates the rule serves a problem by other kernels.
     times = {place: min(valid(problem.choice).values(), default=-1.0) for place, problem in found.items()}
-    ordered = sorted(found, key=lambda place: -times[place])
+    steps = {subject: number for number, subject in enumerate(dict.fromkeys(subjects))}
+    ordered = sorted(
+        found, key=lambda place: (steps[found[place].subject], found[place].is_route, -times[place])
+    )
     return [found[place] for place in ordered if times[place] >= 0]
+
+
+def faults(rows: Sequence[tuned.Row], architecture: Architecture) -> list[str]:
+    """What is wrong with a table's rows for this GPU: configurations with other fields, or that cannot run."""
+    found = []
+    for row in rows:
+        values = [getattr(torch, each) if name in DTYPE_KEYS else each for name, each in row.key.items()]
+        choice, tunable = Choice(row.kernel, architecture, tuple(values)), TUNABLES[row.kernel]
+        where = f"{row.kernel} of {row.gpu} {row.key}"
+        try:
+            tuned.configuration(tunable.kind, row.config, where, *tunable.limits(choice))
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+DTYPE_KEYS = ("dtype", "widest")
+"""Parts of a row's key that name a dtype."""
 
 
 Known = Mapping[tuple[object, ...], Any]

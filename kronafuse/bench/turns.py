@@ -24,7 +24,7 @@ MOST_REPEATS = 200
 class ArmError(RuntimeError):
     """An arm raised while it was measured."""
 
-    def __init__(self, arm: str, error: BaseException) -> None:
+    def __init__(self, arm: str, error: Exception) -> None:
         super().__init__(f"{arm}: {type(error).__name__}: {error}")
         self.arm, self.error = arm, error
 

@@ -35,7 +35,12 @@ PORT_BYTES, SHARED_BYTES = 48, 128
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a GPU can do at most: its clock is the one that its peak implies, 16-bit products summed in fp32."""
+    """What a GPU can do at most; `tensor_flops` are of 16-bit products summed in fp32.
+
+    clock_hz: the one that the datasheet's tensor peak implies. A measured `tensor_flops` was reached at a lower clock
+              or with gaps between products: loads and fp32 products, which count at this one, come out too fast beside
+              it by up to that part, on an H200 a fifth
+    """
 
     gpu: str
     multiprocessors: int
@@ -55,7 +60,7 @@ PEAKS = {
     89: Peaks("RTX 4090", 128, 2.52e9, 165.2e12, 82.6e12, 1.008e12, 72 << 20, 99 << 10, 1536, "datasheet"),
     90: Peaks(
         "H200", 132, 1.83e9, 790e12, 67e12, 4.3e12, 50 << 20, 227 << 10, 2048,
-        "measured: copy and 8192³ bf16 GEMM; datasheet: the rest",
+        "measured: bytes_per_s (copy) and tensor_flops (8192³ bf16 GEMM); datasheet: the rest, the clock among it",
     ),
     100: Peaks("B200", 148, 1.856e9, 2250e12, 75e12, 8e12, 126 << 20, 227 << 10, 2048, "datasheet"),
     120: Peaks("RTX 5090", 170, 2.407e9, 209.5e12, 104.8e12, 1.792e12, 96 << 20, 99 << 10, 1536, "datasheet"),
@@ -90,6 +95,7 @@ class Work:
     memory_bytes: what the launch reads from and writes to device memory
     shared_bytes: what a program keeps in shared memory
     fma:          multiply-adds of a step outside of its product, in fp32
+    held:         registers of a program beside its accumulators and what every kernel has
     """
 
     programs: int
@@ -103,6 +109,7 @@ class Work:
     warps: int
     stages: int
     fma: float = 0.0
+    held: int = 0
 
 
 def predicted_us(architecture: Architecture, dtype: torch.dtype, work: Work) -> float:
@@ -122,13 +129,19 @@ def predicted_us(architecture: Architecture, dtype: torch.dtype, work: Work) -> 
 def resident(architecture: Architecture, work: Work) -> int:
     """Programs that a multiprocessor holds at a time, by shared memory, threads and an estimate of the registers."""
     threads = 32 * work.warps
-    registers = min(255, 64 + work.rows * work.columns // threads)
+    registers = registers_of(architecture, work.rows * work.columns + work.held, threads)
     limits = (
         (shared_limit(architecture.capability) + 1024) // (work.shared_bytes + 1024),
         peaks_of(architecture.capability).threads // threads,
         65536 // (registers * threads),
     )
     return max(1, min(limits))
+
+
+def registers_of(architecture: Architecture, values: int, threads: int) -> int:
+    """Registers a thread of a program that keeps so many values: the compiler's, but for tens of them either way."""
+    asynchronous = architecture.capability in ASYNCHRONOUS_ROWS
+    return min(255, (ASYNCHRONOUS_REGISTERS if asynchronous else REGISTERS) + values // threads)
 
 
 def step_us(architecture: Architecture, dtype: torch.dtype, work: Work) -> float:
@@ -150,6 +163,8 @@ def step_us(architecture: Architecture, dtype: torch.dtype, work: Work) -> float
 
 ASYNCHRONOUS_ROWS = {90: 64, 100: 128}
 """Compute capability -> rows of one wgmma of a group of warps, or of one tcgen05.mma."""
+REGISTERS, ASYNCHRONOUS_REGISTERS = 96, 64
+"""Registers a thread beside accumulators, the median of what is compiled: operands and addresses; without operands."""
 
 
 @lru_cache(maxsize=4096)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,6 +70,14 @@ def linear_us(
     )  # fmt: skip
 
 
+def block_tail_width(block_n: int, groups: int, features: int, width: int) -> int:
+    """Columns of T that a tile of BLOCK_N multiplies by blocks: `width` a group of `features` that it touches.
+
+    On average, as tiles start at multiples of BLOCK_N; there are `groups` groups.
+    """
+    return round(min(groups, 1 + (block_n - gcd(block_n, features)) / features) * width)
+
+
 @dataclass(frozen=True)
 class OnePassSizes:
     """Sizes of the one-pass form: A (O1, I1) = left, B (O2, I2) = right, and whether W and a base are read."""
@@ -98,8 +107,14 @@ def one_pass_us(
         max(1, config.block_k * products // i1), (config.block_m + columns_read) * config.block_k * item, memory,
         config.stages * config.block_k * (config.block_m + config.block_n) * item, config.warps, config.stages,
         fma=config.groups * config.block_m * config.block_k,
+        held=one_pass_held(config.groups, config.block_m, config.block_n, config.block_k, item),
     )  # fmt: skip
     return predicted_us(architecture, dtype, work)
+
+
+def one_pass_held(groups: int, block_m: int, block_n: int, block_k: int, itemsize: int) -> int:
+    """Registers beside accumulators: A X of each group and x's tile in fp32, B's next block in the operands' dtype."""
+    return (groups + 1) * block_m * block_k + block_k * block_n * itemsize // 4
 
 
 def shrink_us(

@@ -50,7 +50,10 @@ _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 @contextmanager
 def recording(architecture: Architecture) -> Iterator[list[Launch]]:
-    """Within it kernels are recorded instead of run, as they would run on `architecture`; tensors may be on meta."""
+    """Within it this thread's kernels are recorded instead of run, as they would run on `architecture`.
+
+    Tensors may be on meta; a backward that autograd runs on another device than the CPU has a thread of its own.
+    """
     recorder = Recorder(architecture)
     token = _recorder.set(recorder)
     try:

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from functools import cache, lru_cache
@@ -35,9 +34,11 @@ KEYS: dict[str, tuple[str, ...]] = {
     "mix": ("dtype", "rows", "out", "features"),
     "reduce": ("dtype", "rows", "height", "width"),
     "shrink_reduce": ("dtype", "rows", "features", "width"),
-    "one_pass": ("dtype", "tokens", "o1", "i1", "o2", "i2", "weight", "descriptors"),
-    "fat_route": ("dtype", "tokens", "o1", "i1", "o2", "i2", "order", "weight", "descriptors", "kept"),
-    "base_route": ("dtype", "tokens", "features", "in_features", "transposed", "terms"),
+    "one_pass": ("dtype", "tokens", "o1", "i1", "o2", "i2", "weight", "transposed", "descriptors"),
+    "fat_route": (
+        "dtype", "tokens", "o1", "i1", "o2", "i2", "order", "weight", "transposed", "descriptors", "kept"
+    ),
+    "base_route": ("dtype", "tokens", "features", "in_features", "transposed", "terms", "tails"),
     "bottleneck": ("dtype", "widest", "tokens", "in_features", "width", "out_features"),
 }  # fmt: skip
 """Kernel or route -> what a row's key names, in the order in which it is asked for."""
@@ -210,17 +211,21 @@ class Choice:
 
 
 Decide = Callable[[Choice], Any]
-_decide: ContextVar[Decide | None] = ContextVar("decide", default=None)
+_deciders: list[Decide] = []
+"""Those in force, the innermost last: of the whole process, since a backward on a GPU runs in autograd's own thread."""
 
 
 @contextmanager
 def deciding(decide: Decide) -> Iterator[None]:
-    """Within it `decide` is asked for every configuration first; where it answers None, the table and the rule are."""
-    token = _decide.set(decide)
+    """Within it `decide` is asked for every configuration first; where it answers None, the table and the rule are.
+
+    It holds for all threads.
+    """
+    _deciders.append(decide)
     try:
         yield
     finally:
-        _decide.reset(token)
+        _deciders.remove(decide)
 
 
 def choose(
@@ -235,9 +240,8 @@ def choose(
 
     limits: what the configuration's `reasons` takes; None for the architecture and the first dtype of `values`
     """
-    decide = _decide.get()
-    if decide is not None:
-        decided = decide(Choice(kernel, architecture, values))
+    if _deciders:
+        decided = _deciders[-1](Choice(kernel, architecture, values))
         if decided is not None:
             return decided
     if architecture.name and architecture.name in table():
@@ -260,7 +264,7 @@ def _tabled(
     if found is None:
         return None
     dtype = next(value for value in values if isinstance(value, torch.dtype))
-    where = f"{kernel} of {architecture.name} {key}"
+    where = f"{in_use()}: {kernel} of {architecture.name} {key}"
     return configuration(kind, found, where, *(limits or (architecture, dtype)))
 
 

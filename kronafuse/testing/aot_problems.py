@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..ops.bottleneck.call import Call, Needs
+from ..ops.costs import PEAKS
 from ..ops.kron_linear import one_pass_tuning, tuning
 from ..ops.kron_linear.algorithm import backward, forward
 from ..ops.kron_linear.terms import FrozenLinear, KronTerm
@@ -19,10 +21,10 @@ from ..ops.launch import Architecture
 from ..shapes import KronShape
 from . import bottleneck_cases
 from .bottleneck_cases import BottleneckCase
-from .cases import ODD_CASES, Case
+from .cases import CASES, ODD_CASES, Case
 
-ARCHITECTURES = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
-"""Compute capability -> multiprocessors of a common GPU of that kind."""
+ARCHITECTURES = {capability: peaks.multiprocessors for capability, peaks in PEAKS.items()}
+"""Compute capability -> multiprocessors of the GPU of that kind whose peaks the cost model has."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -83,6 +85,24 @@ def prepare_train_step(
     return step
 
 
+def trained(case: Case, dtype: torch.dtype, layers: int = 1, **forms: str) -> None:
+    """`train_step` as mixed-precision training has it, parameters in fp32, for layers that share x; by these routes."""
+    from ..ops.kron_linear.route import forced
+
+    step = prepare_train_step(case, dtype, META, layers=layers, factor_dtype=torch.float32)
+    with forced(**forms):
+        step()
+
+
+def row_scaled(case: Case, dtype: torch.dtype) -> None:
+    """Forward of one layer with a row scale, on meta tensors: the dense L of a thin term is a launch of its own."""
+    from ..ops.kron_linear import kernels
+
+    n, k = case.shape.n, case.shape.k
+    term = _term(case, torch.float32, META, everything=False)._replace(row_scale=META(n, dtype=torch.float32))
+    forward(META(case.tokens, k, dtype=dtype), [FrozenLinear(META(n, k, dtype=dtype), (term,))], kernels)
+
+
 def _term(case: Case, dtype: torch.dtype, make: Make, everything: bool) -> KronTerm:
     shape = case.shape
     return KronTerm(
@@ -107,7 +127,7 @@ def merge_weight(case: Case, dtype: torch.dtype) -> None:
 def bottleneck_step(case: BottleneckCase, dtype: torch.dtype, *, everything: bool = False) -> None:
     """Forward and backward of one bottleneck on meta tensors, all gradients of tensors.
 
-    everything: a tensor scale whose gradient is asked for, and x and residual in fp32 as autocast leaves them
+    everything: a tensor scale whose gradient is asked for, x, residual and parameters in fp32 as autocast leaves them
     """
     prepare_bottleneck_step(case, dtype, META, everything=everything)()
 
@@ -124,10 +144,10 @@ def prepare_bottleneck_step(
     call = Call(
         x,
         x if case.residual == "x" else other,
-        make(case.width, case.in_features, dtype=dtype),
-        make(case.out_features, case.width, dtype=dtype),
-        make(case.width, dtype=dtype) if case.biases else None,
-        make(case.out_features, dtype=dtype) if case.biases else None,
+        make(case.width, case.in_features, dtype=wide),
+        make(case.out_features, case.width, dtype=wide),
+        make(case.width, dtype=wide) if case.biases else None,
+        make(case.out_features, dtype=wide) if case.biases else None,
         make((), dtype=torch.float32) if everything else 0.5,
         case.activation,
         dtype,
@@ -143,7 +163,11 @@ def prepare_bottleneck_step(
 
 Problem = tuple[str, Callable[[], object]]
 FAST = (Case("krona_64x4", 4096, KronShape(64, 4, 20, 320)), Case("lokr_f8", 4096, KronShape(8, 8, 160, 160)))
-"""Thin and fat: between them every kernel, every kind of tail but multiply-adds of B, and W in both layouts."""
+"""Thin and fat: with a row scale every kernel, every kind of tail but multiply-adds of B, and W in both layouts."""
+FAST_LAYERS, TRAINED_LAYERS = (1, 3), (1, 3, 4)
+"""Adapted layers that share x, as q, k and v do: of FAST, and of the case list."""
+RECORDED_LAYER = "sdxl_1280"
+"""Layer of the case list that is recorded, alone and as q, k and v; --all compiles those of every layer."""
 RECORDED_BOTTLENECKS = ("sdxl_640", "sd15_1280")
 """Layers, many tokens and few, whose bottlenecks are recorded at every width."""
 FAST_BOTTLENECKS = ("sdxl_640-width_160", "sd15_1280-width_256")
@@ -237,6 +261,15 @@ def routes(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
     yield f"{case.name}-base_by_torch-one_pass", partial(by_route, case, dtype, base="torch", fat="one_pass")
 
 
+def groups(dtype: torch.dtype, extent: Extent) -> Iterator[Problem]:
+    """The case list with parameters in fp32 beside bf16 activations, one layer and several that share x."""
+    if dtype != torch.bfloat16:
+        return
+    for (name, case), layers in product(CASES.items(), TRAINED_LAYERS):
+        if extent == "all" or (name.startswith(RECORDED_LAYER) and layers in FAST_LAYERS):
+            yield f"{name}-layers_{layers}", partial(trained, case, dtype, layers)
+
+
 Extent = Literal["fast", "record", "all"]
 """How much is compiled: each kernel, each configuration that is shipped or chosen by rule, each branch beside."""
 
@@ -244,11 +277,16 @@ Extent = Literal["fast", "record", "all"]
 def problems(architecture: Architecture, dtype: torch.dtype, extent: Extent) -> Iterator[Problem]:
     """What to run for the launches to compile; float16's code is bfloat16's but for the types."""
     thin, fat = FAST
-    yield thin.name, partial(train_step, thin, dtype)
-    yield f"{thin.name}-base_by_torch", partial(by_route, thin, dtype, base="torch")
-    yield f"{fat.name}-one_pass", partial(by_route, fat, dtype, fat="one_pass")
-    yield f"{fat.name}-two_kernels", partial(by_route, fat, dtype, fat="two_kernels")
-    yield f"{FAST[0].name}-merge", partial(merge_weight, FAST[0], dtype)
+    for layers in FAST_LAYERS:
+        yield f"{thin.name}-layers_{layers}", partial(trained, thin, dtype, layers)
+        yield (
+            f"{fat.name}-two_kernels-layers_{layers}",
+            partial(trained, fat, dtype, layers, fat="two_kernels"),
+        )
+    yield f"{fat.name}-one_pass", partial(trained, fat, dtype, fat="one_pass")
+    yield f"{thin.name}-base_by_torch", partial(trained, thin, dtype, base="torch")
+    yield f"{thin.name}-row_scale", partial(row_scaled, thin, dtype)
+    yield f"{thin.name}-merge", partial(merge_weight, thin, dtype)
     for name in FAST_BOTTLENECKS:
         case = bottleneck_cases.CASES[name]
         yield name, partial(bottleneck_step, case, dtype)
@@ -260,6 +298,7 @@ def problems(architecture: Architecture, dtype: torch.dtype, extent: Extent) -> 
         return
     for case in (*FAST, *OTHERS):
         yield case.name, partial(train_step, case, dtype)
+    yield from groups(dtype, extent)
     yield from tiles(architecture, dtype)
     for name, case in bottleneck_cases.CASES.items():
         if name.startswith(RECORDED_BOTTLENECKS):

@@ -24,7 +24,9 @@ def launch_us(architecture: Architecture, launch: Launch) -> float:
 
 
 def _linear(architecture: Architecture, launch: Launch, of: dict[str, Any]) -> float:
-    dots = of["width0"] + of["width1"] + (of["J"] if of["TAIL"] == 1 else 0)
+    dots = of["width0"] + of["width1"]
+    if of["TAIL"] == 1:
+        dots += kernel_costs.block_tail_width(of["BLOCK_N"], of["O1"], of["O2"], of["J"])
     sizes = kernel_costs.LinearSizes(
         of["M"],
         of["N"],
@@ -105,7 +107,7 @@ def _bottleneck(
             of["columns"], launch.warps, launch.stages,
         )  # fmt: skip
         sizes = kernel_costs.BottleneckSizes(of["M"], of[inner], of["H"], of[outer])
-        return kernel_costs.bottleneck_us(architecture, of["down_ptr"].dtype, of[source].dtype, sizes, config)
+        return kernel_costs.bottleneck_us(architecture, of["pre_ptr"].dtype, of[source].dtype, sizes, config)
 
     return predict
 

@@ -44,7 +44,8 @@ class _TorchKernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        is_view = any(each.alias_info is not None for each in func._schema.returns)
+        aliases = [each.alias_info for each in func._schema.returns if each.alias_info is not None]
+        is_view = any(not alias.is_write for alias in aliases)
         if not is_view and name not in WITHOUT_KERNEL:
             self.names.append(f"aten.{name}")
         return func(*args, **(kwargs or {}))

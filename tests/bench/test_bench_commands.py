@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from kronafuse.bench import require_libraries
 from kronafuse.bench.arms import ARMS
+from kronafuse.bench.device import DEVICE_LOST
 from kronafuse.bench.records import Results
 from kronafuse.bench.selection import SETS, Options, specs
 from kronafuse.cli.app import app
@@ -85,6 +86,33 @@ def test_the_budget_ends_a_run_and_keeps_what_is_there(small_ceilings, tmp_path)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("Not run, the budget was used up") == 4
     assert Results.read(out).rows == ()
+
+
+def test_a_lost_device_ends_a_run_which_another_process_goes_on_with(small_ceilings, tmp_path, monkeypatch):
+    def fatal(_problem):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    arms = ARMS["kron_linear"]
+    broken = tuple(replace(arm, build=fatal) if arm.name == "merge_gemm" else arm for arm in arms)
+    monkeypatch.setitem(ARMS, "kron_linear", broken)
+    out = tmp_path / "results.json"
+    words = ["kron_linear", "--case", "sd15_320-lokr_f8", *QUICK, "--arm", "merge_gemm", "--out", str(out)]
+    lost = bench(*words)
+    assert lost.exit_code == DEVICE_LOST
+    assert "the device was lost by merge_gemm: RuntimeError: CUDA error: an illegal" in lost.stderr
+    (row,) = Results.read(out).rows
+    assert (row.arm, row.mode) == ("merge_gemm", "forward")
+    monkeypatch.setitem(ARMS, "kron_linear", arms)
+    assert bench(*words, "--add", "--missing").exit_code == 0
+    rows = Results.read(out).rows
+    assert {row.arm for row in rows if row.error is None and row.mode == "forward"} == {
+        "frozen", "einsum", "ours_eager",
+    }  # fmt: skip
+    assert len([row for row in rows if row.error is None]) == 3 + 4
+    before = out.read_bytes()
+    again = bench(*words, "--add", "--missing")
+    assert again.exit_code == 0
+    assert out.read_bytes() == before
 
 
 def test_a_wrong_implementation_ends_with_1(small_ceilings, tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kronafuse.bench.machine import clocks_of, command_text, describe
+from kronafuse.bench.compare import compare_results
+from kronafuse.bench.machine import clocks_of, command_text, describe, tuned_digest
 from kronafuse.bench.records import (
     SCHEMA,
     Accuracy,
@@ -22,6 +23,8 @@ from kronafuse.bench.records import (
     StepRow,
     joined,
 )
+from kronafuse.bench.running import continued
+from kronafuse.ops import tuned
 
 ROW = Row("kron_linear", "sdxl_1280-krona_64x4", 1, 1024, "float32", "forward", "frozen")
 
@@ -160,3 +163,62 @@ def test_machines_have_every_field_of_a_row_of_versions():
     assert {"commit", "dirty", "torch", "triton", "gpu", "cpu", "command"} <= set(
         Machine.__dataclass_fields__
     )
+
+
+def test_a_copy_without_a_repository_is_told_its_commit(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("KRONAFUSE_COMMIT", raising=False)
+    assert describe(["kronafuse"]).commit is None
+    monkeypatch.setenv("KRONAFUSE_COMMIT", "0123456789ab")
+    machine = describe(["kronafuse"])
+    assert (machine.commit, machine.dirty) == ("0123456789ab", None)
+
+
+def test_the_tuned_table_is_named(tmp_path, monkeypatch):
+    """By its rows: their order and the note say nothing of what runs."""
+    row = tuned.Row(
+        "shrink",
+        "NVIDIA H200",
+        {"rows": 64},
+        {"block_m": 64},
+        1.0,
+        None,
+        "2026-01-01",
+        "kronafuse",
+        "c",
+        "3.6.0",
+    )
+    other = replace(row, gpu="NVIDIA A10")
+    monkeypatch.setattr(tuned, "in_use", lambda: tmp_path / "table.json")
+    digests = []
+    for rows in ([], [row], [row, other], [other, row]):
+        monkeypatch.setattr(tuned, "read", lambda _path, rows=rows: rows)
+        digests.append(tuned_digest())
+    assert digests[0] == "empty"
+    assert len(digests[1]) == 12
+    assert digests[1] != digests[2] == digests[3]
+    results = Results(describe(["kronafuse"]))
+    before, after = (replace(results, machine=replace(results.machine, tuned=each)) for each in (None, "abc"))
+    assert "tuned table: unknown, then abc" in compare_results(before, after, relative=False).different
+
+
+def test_files_from_before_the_tuned_table_was_named_are_read(tmp_path):
+    path = tmp_path / "old.json"
+    Results(describe(["kronafuse"])).write(path)
+    value = json.loads(path.read_text())
+    del value["machine"]["tuned"]
+    path.write_text(json.dumps(value))
+    assert Results.read(path).machine.tuned is None
+    assert continued(Results.read(path), describe(["kronafuse"]), path).machine.tuned is None
+
+
+def test_clocks_are_read_behind_the_ceilings(monkeypatch):
+    from kronafuse.bench import machine, running
+
+    gpu = Gpu("H200", "9.0", 132, 2**37, 2**26, "13.0", "580", None)
+    busy = replace(gpu, clocks=Clocks(1980, 1980, 3201, 3201))
+    monkeypatch.setattr(machine, "_gpu", lambda index: busy)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    idle = replace(describe(["kronafuse"]), gpu=gpu)
+    assert running.with_clocks(idle).gpu == busy
+    assert running.with_clocks(replace(idle, gpu=None)).gpu is None

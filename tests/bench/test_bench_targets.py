@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from kronafuse.bench.best import best_baseline
 from kronafuse.bench.machine import describe
-from kronafuse.bench.records import Ceilings, Gpu, Mode, Results, Row, Spread
-from kronafuse.bench.targets import judged, lines, targets
+from kronafuse.bench.records import NOT_COVERED, Ceilings, Gpu, Mode, Results, Row, Spread
+from kronafuse.bench.tables import cells
+from kronafuse.bench.targets import copy_share, judged, lines, targets
 
 GPU = Gpu("H200", "9.0", 132, 2**37, 2**26, "13.0", "580", None)
 CEILINGS = Ceilings(4e12, {"bfloat16": 8e14}, launch_us=2.0)
@@ -182,5 +184,70 @@ def test_on_a_cpu_ours_must_be_faster_than_peft():
 
 
 def test_errors_are_no_figures():
-    rows = [replace(row, error="wrong") for row in cpu_case({"einsum": 100.0, "ours_eager": 99.0})]
-    assert set(verdicts(on_cpu(rows)).values()) == {"not measured"}
+    """A baseline's leaves the target open; ours misses what it would be judged by, whatever the others reach."""
+    good, bad = (
+        cpu_case({"einsum": 100.0, "ours_eager": 99.0}),
+        cpu_case({"einsum": 100.0, "ours_eager": 99.0}),
+    )
+    bad = [replace(row, case="sdxl_1280-lokr_f8") for row in bad]
+    name = "ours, adapted layers"
+    assert verdicts(on_cpu([replace(good[0], error="wrong"), good[1]]))[name] == "not measured"
+    wrong = [bad[0], replace(bad[1], error="wrong", wall_us=None)]
+    found = {each.name: each for each in targets(on_cpu(good, wrong))}
+    assert found[name].verdict == "missed"
+    assert found[name].figure == "slower on 0, ratios 0.99 to 0.99; 1 of 2, 1 failed"
+    assert found["ours, PEFT LoKr, sdxl_1280-lokr_f8, 2048 tokens"].verdict == "missed"
+    assert found["ours, PEFT LoKr, sdxl_1280-lokr_f8, 2048 tokens"].figure == "0 of 1, 1 failed"
+    assert found["ours, PEFT LoKr, sdxl_1280-krona_64x4, 2048 tokens"].verdict == "not measured"
+    uncovered = [bad[0], replace(bad[1], error=f"{NOT_COVERED}: no such kernel", wall_us=None)]
+    assert verdicts(on_cpu(good, uncovered))[name] == "met"
+
+
+def test_errors_of_ours_miss_targets_on_a_gpu():
+    times = {"frozen": 20.0, "ours_triton": 20.0, "lycoris_bypass": 60.0}
+    good = cuda_case(times, mode="forward_backward")
+    wrong = [
+        replace(row, error="WrongArm: y0", device_us=None) if row.impl else row
+        for row in cuda_case(times, case="sdxl_1280-lokr_f8", mode="forward_backward")
+    ]
+    found = {each.name: each for each in targets(on_gpu(good, wrong))}
+    for name in ("ours_triton, thin, forward_backward", "ours_triton, LyCORIS' best mode, each case"):
+        assert found[name].verdict == "missed"
+        assert found[name].figure.endswith("; 1 of 2, 1 failed")
+    assert found["ours_triton, thin, forward"].verdict == "not measured"
+
+
+def test_wall_time_is_never_beside_device_time():
+    """LyCORIS could not be captured: its wall time would make it look slow."""
+    rows = cuda_case({"frozen": 20.0, "ours_triton": 20.0, "lycoris_bypass": 60.0}, mode="forward_backward")
+    rows = [replace(row, device_us=None) if row.arm == "lycoris_bypass" else row for row in rows]
+    assert verdicts(on_gpu(rows))["ours_triton, LyCORIS' best mode, forward_backward"] == "not measured"
+    arms = {row.arm: row for row in rows}
+    assert best_baseline(arms) is None
+    assert "lycoris_bypass" in cells(arms["lycoris_bypass"], arms["ours_triton"])
+    assert cells(arms["lycoris_bypass"], arms["ours_triton"])[10] == ""
+
+
+def test_lora_is_a_baseline_of_lora():
+    times = {"frozen": 20.0, "einsum": 40.0, "peft_lora_r16": 30.0, "ours_triton": 25.0}
+    for case, best in (("sdxl_1280-lora_r16", "peft_lora_r16"), ("sdxl_1280-krona_64x4", "einsum")):
+        found = best_baseline({row.arm: row for row in cuda_case(times, case=case)})
+        assert found is not None
+        assert found.arm == best
+
+
+def test_the_choice_of_lycoris_counts():
+    times = {"frozen": 20.0, "ours_triton": 20.0, "lycoris_bypass": 60.0, "lycoris_bypass_auto": 19.0}
+    found = verdicts(on_gpu(cuda_case(times, mode="forward_backward")))
+    assert found["ours_triton, LyCORIS' best mode, each case"] == "missed"
+
+
+def test_shares_of_bandwidth_are_of_cold_time():
+    row = Row(
+        "bottleneck", "sdxl_1280-width_60", 4, 4096, "bfloat16", "forward", "ours_triton", impl="triton",
+        device_us=at(5.0), device_cold_us=at(11.0), bytes_moved=32_000_000,
+    )  # fmt: skip
+    assert copy_share(row, CEILINGS) == pytest.approx(32e6 / 11e-6 / 4e12)
+    assert copy_share(replace(row, device_cold_us=None), CEILINGS) == pytest.approx(32e6 / 5e-6 / 4e12)
+    assert cells(row, None)[6] == "2.91e+03"
+    assert judged([row], CEILINGS)[0].verdict == "missed"

@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer
-from kronafuse import env
 from kronafuse.bench import tune as tuning_run
 from kronafuse.bench.machine import describe
 from kronafuse.bench.timing import spread_of
 from kronafuse.bench.tune import time_problem, tune
 from kronafuse.bench.tune_candidates import TUNABLES, valid
-from kronafuse.bench.tune_compile import Compilations
 from kronafuse.bench.tune_problems import Problem, Subject, launches_of, problems, shortlist
-from kronafuse.cli.bench.tune import tune as command
-from kronafuse.cli.exits import reported
-from kronafuse.ops import launch, tuned
-from kronafuse.ops.costs import PEAKS
+from kronafuse.ops import tuned
 from kronafuse.ops.kron_linear import tuning
 from kronafuse.ops.launch import Architecture, Launch, recording
 from kronafuse.testing.bottleneck_cases import CASES as BOTTLENECKS
 from kronafuse.testing.cases import CASES
-from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
@@ -43,8 +31,6 @@ BF16 = torch.bfloat16
 THIN = Subject(CASES["sd15_1280-krona_64x4"], BF16)
 FAT = Subject(CASES["sd15_1280-lokr_f8"], BF16)
 BOTTLENECK = Subject(BOTTLENECKS["sd15_1280-width_60"], BF16)
-app = typer.Typer()
-app.command()(reported(command))
 
 
 class FakeTimer:
@@ -100,8 +86,10 @@ def test_problems_are_the_choices_of_the_steps_by_every_route():
     found = problems([THIN, FAT, FAT, BOTTLENECK], H200)
     assert {problem.choice.kernel for problem in found} == set(TUNABLES)
     assert len({problem.place for problem in found}) == len(found)
-    times = [min(valid(problem.choice).values()) for problem in found]
-    assert times == sorted(times, reverse=True)
+    for subject in (THIN, FAT, BOTTLENECK):
+        kernels = [each for each in found if each.subject == subject and not each.is_route]
+        times = [min(valid(problem.choice).values()) for problem in kernels]
+        assert times == sorted(times, reverse=True)
     forms = {
         problem.choice.kernel: set(problem.routes) for problem in found if problem.choice.kernel == "one_pass"
     }
@@ -171,7 +159,7 @@ def test_the_table_is_read_back_and_chosen_by_the_launchers(tmp_path, monkeypatc
     for row in (*rows, *tuned.read(tuned.PATH)):
         assert asdict(TUNABLES[row.kernel].kind(**row.config)) == row.config
     use(path, monkeypatch)
-    for row, problem in zip(progress.rows, sorted(chosen, key=lambda each: each.is_route), strict=True):
+    for row, problem in zip(progress.rows, chosen, strict=True):
         assert row.config == asdict(last_of(problem))
         assert row.runner_up is not None
         assert row.runner_up["time_us"] == row.time_us + 1
@@ -233,11 +221,39 @@ def test_routes_come_last_and_use_what_was_found(tmp_path):
     assert {(each.constants["BLOCK_M"], each.stages) for each in one_pass} <= measured
 
 
+def test_routes_of_the_first_case_come_within_a_budget(tmp_path):
+    """Behind the kernels of all cases they would never be reached."""
+    chosen = problems([FAT, THIN, BOTTLENECK], H200)
+    first = [each for each in chosen if each.subject == FAT]
+    assert chosen[: len(first)] == first
+    assert [each.is_route for each in first] == sorted(each.is_route for each in first)
+    assert any(each.is_route for each in first)
+    progress = run(chosen, tmp_path / "tuned.json", seconds=2.0 * len(first) + 0.5)
+    assert any(TUNABLES[row.kernel].route for row in progress.rows)
+    assert progress.left == chosen[len(first) :]
+
+
+def test_waiting_for_compilations_ends_with_the_budget(tmp_path):
+    """A problem for which all the time was waited is left, and what is left was told to who waits."""
+    chosen = problems([THIN], H200, ["shrink", "reduce"])
+    timer, given = FakeTimer(), []
+
+    def ready(_problem: Problem, seconds: float) -> None:
+        given.append(seconds)
+        while timer.clock() < 100:
+            pass
+
+    progress = run(chosen, tmp_path / "tuned.json", timer=timer, seconds=50.0, ready=ready)
+    assert given == [49.0]
+    assert not progress.rows
+    assert progress.left == chosen
+
+
 def test_the_budget_ends_it_and_what_was_found_is_kept(tmp_path):
-    """The clock ticks a second a reading: one reading starts, one a choice."""
+    """The clock ticks a second a reading: one reading starts, two a choice."""
     chosen, path = problems([THIN], H200, ["shrink", "reduce", "linear"]), tmp_path / "tuned.json"
     assert len(chosen) > 3
-    progress = run(chosen, path, seconds=2.5)
+    progress = run(chosen, path, seconds=4.5)
     assert len(progress.rows) == 2
     assert [str(problem) for problem in progress.left] == [str(problem) for problem in chosen[2:]]
     assert len(tuned.read(path)) == 2
@@ -293,127 +309,6 @@ def test_a_file_that_is_no_table_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="must be JSON"):
         run(problems([THIN], H200, ["shrink"]), path)
     assert path.read_text() == "notes"
-
-
-COMPILES = """
-import os
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-
-
-class Sm90:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-
-driver.set_active(Sm90())
-from kronafuse.bench.tune_candidates import valid
-from kronafuse.bench.tune_compile import compile_launch, compile_problem
-from kronafuse.bench.tune_problems import Subject, launches_of, problems, shortlist
-from kronafuse.ops.launch import Architecture
-from kronafuse.testing.cases import CASES
-
-(problem,) = problems([Subject(CASES["sd15_1280-lora_r16"], torch.bfloat16)], Architecture(90, 132), ["shrink"])
-print(compile_problem(problem, 2))
-entries = set(os.listdir(os.environ["TRITON_CACHE_DIR"]))
-step = problem.subject.prepare("cpu")
-for config in shortlist(valid(problem.choice), 2):
-    for launch in launches_of(problem, step, config):
-        compile_launch(launch)
-print(len(entries), len(set(os.listdir(os.environ["TRITON_CACHE_DIR"])) - entries))
-"""
-
-
-def test_what_is_compiled_ahead_is_what_is_launched(tmp_path):
-    """Compiled on meta tensors, then asked for on tensors in memory: Triton's cache on disk gets nothing new."""
-    environment = {name: value for name, value in os.environ.items() if name != env.TRITON_INTERPRET}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", COMPILES], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    launches, entries, new = (int(word) for word in done.stdout.split())
-    assert launches >= 2
-    assert entries >= 3  # two shrink kernels and their sum
-    assert new == 0
-
-
-def test_problems_travel_to_other_processes():
-    for problem in problems([THIN, FAT], H200):
-        assert pickle.loads(pickle.dumps(problem)) == problem
-
-
-def test_failures_of_compiling_ahead_are_kept():
-    """They are told at the end; the launches are compiled when they are timed."""
-    chosen = problems([THIN], H200, ["shrink", "reduce"])
-    futures: dict[Any, Future[int]] = {problem.place: Future() for problem in chosen}
-    for problem in chosen:
-        if problem.choice.kernel == "shrink":
-            futures[problem.place].set_exception(RuntimeError("ptxas failed\nand more"))
-        else:
-            futures[problem.place].set_result(1)
-    compilations = Compilations(futures)
-    for problem in chosen:
-        compilations.wait(problem)
-    shrinks = {str(problem) for problem in chosen if problem.choice.kernel == "shrink"}
-    assert compilations.errors == dict.fromkeys(shrinks, "RuntimeError: ptxas failed")
-
-
-def test_command_without_a_gpu(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    result = CliRunner().invoke(app, ["--cases", "quick", "--out", str(tmp_path / "tuned.json")])
-    assert result.exit_code == 2
-    assert "bench tune: needs a CUDA device, and torch sees none; --dry-run lists" in result.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_refuses_an_interpreter_and_a_gpu_without_a_name(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(env, "triton_interprets", lambda: True)
-    with pytest.raises(
-        NotImplementedError, match="TRITON_INTERPRET is set, and an interpreter's times say nothing"
-    ):
-        tuning_run.cuda_architecture()
-    monkeypatch.setattr(env, "triton_interprets", lambda: False)
-    monkeypatch.setattr(launch, "architecture_of", lambda device: Architecture(86, 100))
-    with pytest.raises(
-        NotImplementedError, match="needs an NVIDIA GPU; rows of the table are found by their names"
-    ):
-        tuning_run.cuda_architecture()
-
-
-def test_dry_run_lists_candidates():
-    options = ["--cases", "sd15_1280-krona_64x4", "--kernels", "shrink", "--dry-run", "--architecture", "80"]
-    result = CliRunner().invoke(app, options)
-    assert result.exit_code == 0, result.stderr
-    assert f"sm_80 as {PEAKS[80].gpu}: predicted" in result.stdout
-    assert "shrink dtype=bfloat16 rows=4096 width=20 features=320" in " ".join(result.stdout.split())
-    assert "block_m=64" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--kernels", "gemm"], "--kernels must be of linear, one_pass, "),
-        (["--cases", "sdxl-nothing"], "no case of kron_linear matches --case sdxl-nothing"),
-        (["--dtype", "int8"], "--dtype must be one of "),
-        (
-            ["--batch", "0"],
-            "--batch and --workers must be at least 1 and --seconds above 0; got 0, None, 300",
-        ),
-        (["--dry-run", "--architecture", "70", "--cases", "quick"], "--architecture must be one of 80, 86, "),
-    ],
-)
-def test_rejects_options(options, message):
-    result = CliRunner().invoke(app, options)
-    assert result.exit_code == 2
-    assert message in result.stderr
 
 
 @pytest.mark.gpu

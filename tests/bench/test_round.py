@@ -10,13 +10,22 @@ import sys
 import tarfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from kronafuse.bench.round import parts as real
 from kronafuse.bench.round.process import run_command
 from kronafuse.bench.round.records import FILE
-from kronafuse.bench.round.run import RESERVE_SECONDS, Command, Part, choose, last_line, run_round
+from kronafuse.bench.round.run import (
+    RESERVE_SECONDS,
+    SKIPPED,
+    Command,
+    Part,
+    choose,
+    last_line,
+    run_round,
+)
 from kronafuse.bench.round.table import round_table
 
 PYTHON = (sys.executable, "-c")
@@ -230,18 +239,96 @@ def test_a_whole_round_fits_its_time():
 def test_core_reads_the_table_of_this_round(tmp_path):
     for chosen, has_cuda in (("core", True), ("quick", False)):
         commands = real.core_commands(tmp_path, 200.0, has_cuda=has_cuda)
-        assert [each.log for each in commands] == [
-            "kron_linear.log",
-            "kron_linear_group.log",
-            "bottleneck.log",
-        ]
+        modes = [each.words[each.words.index("--mode") + 1] for each in commands]
+        assert modes == ["forward_backward", "forward"]
+        assert {each.words[4] for each in commands} == {"run"}
         assert all(chosen in each.words and each.environment == {} for each in commands)
-    assert commands[0].words[-4:] == ("--budget", "105", "--out", str(tmp_path / "kron_linear.json"))
+        # One file, whose ceilings are measured once.
+        assert all(each.words[-3:] == ("--out", str(tmp_path / "core.json"), "--add") for each in commands)
     (tmp_path / real.TUNED).write_text("{}")
     first = real.core_commands(tmp_path, 200.0, has_cuda=True)[0]
     assert first.environment == {"KRONAFUSE_TUNED": str(tmp_path / "tuned.json")}
     assert str(first).startswith("KRONAFUSE_TUNED=tuned.json python")
     assert str(tmp_path) not in str(first)
+
+
+def test_turns_of_a_case_fit_the_budget(tmp_path):
+    def told(seconds, word):
+        return [
+            float(each.words[each.words.index(word) + 1])
+            for each in real.core_commands(tmp_path, seconds, has_cuda=True)
+        ]
+
+    for seconds in (100.0, 250.0):
+        assert sum(told(seconds, "--budget")) <= seconds
+    turns = told(250.0, "--seconds")
+    assert turns[1] == pytest.approx(
+        0.4 * (100.0 - real.MARGIN_SECONDS) / 20, abs=0.01
+    )  # 20 cases in 2 of 5 shares
+    assert set(told(10.0, "--seconds")) == {real.LEAST_TURNS}
+    assert set(told(1e5, "--seconds")) == {real.MOST_TURNS}
+
+
+def test_what_was_not_run_makes_a_part_incomplete(tmp_path):
+    says = f"print({SKIPPED[0] + 'case a'!r}); print({SKIPPED[1] + 'choice b'!r}); print('Written')"
+    quiet = part("quiet", 0)
+    result = play([part("some", words=lambda _folder: [(*PYTHON, says)]), quiet], tmp_path / "round")
+    assert [each.status for each in result.parts] == ["incomplete", "done"]
+    assert result.parts[0].skipped == ("case a", "choice b")
+    assert json.loads((tmp_path / "round" / FILE).read_text())["parts"][0]["skipped"] == [
+        "case a",
+        "choice b",
+    ]
+
+
+def test_a_lost_device_goes_on_in_a_new_process(tmp_path):
+    def commands(_folder, _seconds):
+        lost = "import sys; print(sys.argv[1:]); raise SystemExit(0 if sys.argv[1:] else 3)"
+        return [
+            Command((*PYTHON, lost), "again.log", again=("--missing",)),
+            Command((*PYTHON, "raise SystemExit(3)"), "once.log"),
+        ]
+
+    folder = tmp_path / "round"
+    result = play([Part("lost", 1.0, (), commands)], folder)
+    assert result.parts[0].exit_statuses == (0, 3)
+    assert (folder / "again.log").read_text().splitlines()[-2:] == ["[]", "['--missing']"]
+
+
+def test_a_part_whose_probe_fails_cannot_run(tmp_path):
+    def probed(name, script):
+        words = (*PYTHON, script)
+        return replace(part(name, 0), probe=Command(words, f"{name}_probe.log"))
+
+    parts = [
+        probed("bad", "print('Unable to attach'); raise SystemExit(1)"),
+        probed("good", "print('fine')"),
+    ]
+    result = play(parts, tmp_path / "round")
+    assert [each.status for each in result.parts] == ["cannot run", "done"]
+    assert result.parts[0].reason == f"{sys.executable}: Unable to attach"
+    assert not (tmp_path / "round" / "bad_0.log").exists()
+    (sanitizer,) = [each for each in real.parts_of(box()) if each.probe is not None]
+    assert sanitizer.name == "sanitizer"
+    assert sanitizer.probe.words[0] == "compute-sanitizer"
+
+
+def test_absent_libraries_are_named_before_a_round(tmp_path, monkeypatch):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
+    assert real.Box.here(None).absent == ("peft",)
+
+
+def test_warnings_and_unimportable_files_hide_no_result(tmp_path):
+    """Under the settings of the repository, whose filter makes warnings errors."""
+    (tmp_path / "test_other.py").write_text("import no_such_module\n")
+    (tmp_path / "test_warns.py").write_text("import warnings\n\ndef test_it():\n    warnings.warn('new')\n")
+    words = [*real.PYTEST, str(tmp_path), "-o", "filterwarnings=error"]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert "1 passed" in ran.stdout, ran.stdout
+    assert "1 error" in ran.stdout
 
 
 def test_tests_are_spread_where_they_can_be(tmp_path):

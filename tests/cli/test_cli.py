@@ -91,7 +91,10 @@ def test_without_typer_names_the_extra(
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2
-    assert "needs typer; install with: pip install kronafuse[train] or kronafuse[bench]" in capsys.readouterr().err
+    assert (
+        "needs typer; install with: pip install kronafuse[train] or kronafuse[bench]"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

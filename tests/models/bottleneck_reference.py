@@ -19,11 +19,15 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from kronafuse import Bottleneck
 from torch import Tensor, nn
+
+pytest.importorskip("diffusers")
+
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 
 Tensors = Mapping[str, Tensor]
 

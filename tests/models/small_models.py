@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
+from kronafuse.nn import KronFactors
+from torch import nn
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
 from diffusers import (
     DiTTransformer2DModel,
     Flux2Transformer2DModel,
@@ -13,8 +20,6 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from kronafuse.nn import KronFactors
-from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 Inputs = dict[str, object]

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from kronafuse import KronA, LoKr, LoRA, attach
 from kronafuse.formats import AdapterFile
 from kronafuse.nn import KronLinear
@@ -16,6 +15,10 @@ from small_models import MODELS, PARTIAL, build, output, randomize
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
+
+pytest.importorskip("accelerate")
+
+from accelerate import cpu_offload
 
 KRONA = KronA((8, 4))
 

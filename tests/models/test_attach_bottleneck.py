@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from kronafuse import Bottleneck, KronA, attach, formats
 from kronafuse.models.taps import BlockAdapters
 from kronafuse.nn.positions import PAIRS
@@ -17,6 +16,10 @@ from small_models import build, output, randomize
 from test_attach import snapshot
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+
+pytest.importorskip("diffusers")
+
+from diffusers import UNet2DConditionModel
 
 MODELS = ("sd15", "sdxl", "dit", "pixart")
 UNETS = ("sd15", "sdxl")

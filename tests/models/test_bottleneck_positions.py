@@ -8,10 +8,13 @@ import pytest
 import small_models
 import torch
 from bottleneck_reference import ACTIVATIONS, with_reference
-from diffusers import UNet2DConditionModel
 from kronafuse import Bottleneck, attach
 from test_counts import sd1_unet, sdxl_unet
 from torch import nn
+
+pytest.importorskip("diffusers")
+
+from diffusers import UNet2DConditionModel
 
 SINKS = {
     "attn1_in": ("attn1_in", "attn2_in", "ff_in", "block_out"),

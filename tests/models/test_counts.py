@@ -6,9 +6,13 @@ from functools import cache
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from kronafuse import KronA, LoKr, LoRA, attach
 from torch import nn
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 

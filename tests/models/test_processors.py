@@ -7,13 +7,16 @@ import inspect
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from kronafuse import KronA, LoKr, attach
-from kronafuse.models.processors import SHARING
 from kronafuse.nn import KronLinear
 from kronafuse.nn import kron as kron_module
 from small_models import MODELS, PARTIAL, build, output, randomize
 from torch import nn
+
+pytest.importorskip("diffusers")
+
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from kronafuse.models.processors import SHARING
 
 KRONA = KronA((8, 4))
 JOINT = KronA(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from kronafuse.ops.costs import PEAKS, Work, predicted_us
 from kronafuse.ops.kernel_costs import LinearSizes, linear_us
 from kronafuse.ops.kron_linear import reduction_tuning, tuning
 from kronafuse.ops.launch import Architecture, recording
+from kronafuse.testing.aot import csv_path, read_csv
 
+RECORDED = Path(__file__).parents[2] / "bench" / "results" / "aot"
 H200, A100 = Architecture(90, 132), Architecture(80, 108)
 BF16, FP32 = torch.bfloat16, torch.float32
 TILE = tuning.LinearConfig(128, 128, 64, 32, 8, 8, 4, True)
@@ -118,6 +122,46 @@ def test_small_tiles_do_without_wgmma():
     assert costs.step_us(A100, BF16, flat) < 1.2 * costs.step_us(A100, BF16, tall)
 
 
+@pytest.mark.parametrize("kernel", ["linear", "one_pass"])
+@pytest.mark.parametrize("capability", PEAKS)
+def test_registers_as_compiled(capability, kernel):
+    """The estimate behind how many programs a multiprocessor holds: as compiled, to 32 in the median."""
+    architecture = Architecture(capability, PEAKS[capability].multiprocessors)
+    errors = []
+    for row in read_csv(csv_path(RECORDED, capability, "bf16")):
+        if row["kernel"] == kernel:
+            of = {name: int(value) for name, _, value in configuration(row) if value.isdigit()}
+            values = of["BLOCK_M"] * of["BLOCK_N"]
+            if kernel == "one_pass":
+                values += kernel_costs.one_pass_held(
+                    of["GROUPS"], of["BLOCK_M"], of["BLOCK_N"], of["BLOCK_K"], BF16.itemsize
+                )
+            estimate = costs.registers_of(architecture, values, 32 * int(row["warps"]))
+            errors.append(int(row["registers"]) - estimate)
+    assert len(errors) >= 15
+    assert abs(median(errors)) <= 32, errors
+
+
+def configuration(row: dict[str, str]) -> list[tuple[str, str, str]]:
+    return [each.partition("=") for each in row["configuration"].split()]
+
+
+def test_sums_of_one_pass_leave_fewer_programs():
+    """A X of two groups takes registers that the accumulators alone would leave to another program."""
+    alone = replace(WORK, rows=64, columns=64, warps=4, shared_bytes=16384)
+    held = kernel_costs.one_pass_held(2, 64, 64, 64, 2)
+    assert held == 3 * 64 * 64 + 64 * 64 // 2
+    assert costs.resident(H200, replace(alone, held=held)) < costs.resident(H200, alone)
+
+
+def test_block_tail_width():
+    """Columns of T a tile: of one group where tiles end with groups, of 1.5 where every second one crosses a border."""
+    assert kernel_costs.block_tail_width(128, 8, 256, 32) == 32
+    assert kernel_costs.block_tail_width(128, 8, 192, 32) == round(32 * (1 + 64 / 192))
+    assert kernel_costs.block_tail_width(128, 64, 20, 4) == round(4 * (1 + 124 / 20))
+    assert kernel_costs.block_tail_width(128, 2, 20, 4) == 8
+
+
 def test_stages_hide_latency():
     """A lone program of few products waits for memory; each stage more shortens that, one stage alone hides nothing."""
     short = replace(WORK, programs=1, rows=16, columns=16, step_bytes=4096, shared_bytes=4096)
@@ -157,6 +201,26 @@ def test_every_peak_says_where_it_is_from():
     assert (PEAKS[90].tensor_flops, PEAKS[90].bytes_per_s) == (790e12, 4.3e12)
 
 
+def test_clocks_are_those_of_the_datasheets():
+    """A multiprocessor has a power of two of FLOPs a clock at a datasheet's peak; a measured peak stays below it."""
+    per_clock = {512: (89, 120), 1024: (86,), 2048: (80,), 4096: (90,), 8192: (100,)}
+    for flops, capabilities in per_clock.items():
+        for peaks in (PEAKS[each] for each in capabilities):
+            datasheet = peaks.multiprocessors * peaks.clock_hz * flops
+            if peaks.source == "datasheet":
+                assert peaks.tensor_flops == pytest.approx(datasheet, rel=0.01)
+            else:
+                assert 0.75 * datasheet < peaks.tensor_flops < 0.85 * datasheet
+
+
+def test_one_gpu_stands_for_an_architecture():
+    """What is compiled ahead is predicted for the GPU that the peaks are of."""
+    pytest.importorskip("triton")
+    from kronafuse.testing.aot_problems import ARCHITECTURES
+
+    assert {capability: peaks.multiprocessors for capability, peaks in PEAKS.items()} == ARCHITECTURES
+
+
 def test_every_launch_is_predicted():
     """Of the cases that reach every kernel, above the launch's floor; those with products by their own sizes."""
     pytest.importorskip("triton")
@@ -185,9 +249,10 @@ def test_a_launch_is_predicted_as_its_choice_was():
         train_step(FAST[0], BF16)
     (shrink,) = [launch for launch in launches if launch.kernel.__name__ == "_shrink_kernel"]
     (choice,) = [choice for choice in asked if choice.kernel == "shrink"]
-    config = reduction_tuning.shrink_config(*choice.values)
-    second_us = costs.sum_us(H200, config.split, choice.values[1] * choice.values[2], BF16.itemsize)
-    expected = kernel_costs.shrink_us(H200, *choice.values, config)
+    dtype, rows, width, features = choice.values
+    config = reduction_tuning.shrink_config(dtype, rows, width, features)
+    second_us = costs.sum_us(H200, config.split, rows * width, BF16.itemsize)
+    expected = kernel_costs.shrink_us(H200, dtype, rows, width, features, config)
     assert launch_us(H200, shrink) == pytest.approx(expected - second_us)
     linears = [launch for launch in launches if launch.kernel.__name__ == "_linear_kernel"]
     chosen = [choice for choice in asked if choice.kernel == "linear"]

@@ -16,6 +16,7 @@ from kronafuse import FrozenLinear, KronTerm, kron_linear_group
 from kronafuse.ops import launch as launching
 from kronafuse.ops.kron_linear import eager, kernels, reduction_tuning, tuning
 from kronafuse.ops.kron_linear.maps import KronMap
+from kronafuse.ops.kron_linear.route import forced
 from kronafuse.ops.kron_linear.tails import BLOCK_TAIL, ELEMENTWISE_TAIL, MIX_TAIL
 from kronafuse.ops.outputs import new_output, poisoned
 from kronafuse.testing.accuracy import check_group
@@ -306,15 +307,16 @@ def test_linear_with_descriptors(tail, transposed, dtype, monkeypatch):
     inners = [inputs(TOKENS, kron.inner[0] * kron.inner[1]) for kron in maps]
     weight = inputs(columns, out).t() if transposed else inputs(out, columns)
     x = inputs(TOKENS, columns)
-    with launching.recording(launching.Architecture(90, 2)) as recorded:
-        kernels.linear(x, weight, None, None, maps, inners)
-    assert recorded[-1].constants["DESCRIPTORS"]
-    assert_linear(x, weight, inputs(out), None, maps, inners)
+    with forced(base="fused"):
+        with launching.recording(launching.Architecture(90, 2)) as recorded:
+            kernels.linear(x, weight, None, None, maps, inners)
+        assert recorded[-1].constants["DESCRIPTORS"]
+        assert_linear(x, weight, inputs(out), None, maps, inners)
 
 
 def test_descriptors_only_where_memory_allows():
     """Rows not aligned to 16 bytes, gaps between columns and rows that overlap go by pointers."""
-    with launching.recording(launching.Architecture(90, 132)) as recorded:
+    with launching.recording(launching.Architecture(90, 132)) as recorded, forced(base="fused"):
         weight, x = torch.empty(64, 40), torch.empty(8, 40)
         kernels.linear(x, weight, None, None, [], [])
         kernels.linear(torch.empty(8, 42)[:, :40], weight, None, None, [], [])

@@ -332,7 +332,7 @@ LAUNCHES = {
     "krona_64x8": (2, 5),
     "krona_4x64": (3, 6),
     "lokr_f4": (1, 7),
-    "lokr_f8": (1, 6),
+    "lokr_f8": (2, 6),
     "lokr_f16": (2, 6),
     "lokr_square": (2, 5),
     "lokr_f8_r16": (3, 8),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from kronafuse.ops import costs, tuned
+from kronafuse.bench.tune_problems import faults
+from kronafuse.ops import costs, kernel_costs, tuned
 from kronafuse.ops.bottleneck import tuning as bottleneck_tuning
 from kronafuse.ops.kron_linear import one_pass_tuning, reduction_tuning, tuning
 from kronafuse.ops.launch import Architecture
@@ -74,6 +78,42 @@ def test_the_shipped_table_is_read():
     rows = tuned.read(tuned.PATH)
     assert tuned.PATH.read_text() == tuned.written(rows, json.loads(tuned.PATH.read_text())["note"])
     assert rows or "Empty" in json.loads(tuned.PATH.read_text())["note"]
+
+
+def test_shipped_rows_can_run():
+    """Each row's configuration is built and asked for its reasons on the architecture of its GPU."""
+    rows = tuned.read(tuned.PATH)
+    for gpu in sorted({row.gpu for row in rows}):
+        assert faults([row for row in rows if row.gpu == gpu], named(gpu)) == []
+
+
+def named(gpu: str) -> Architecture:
+    """The architecture of a GPU whose peaks the cost model has, as "NVIDIA H200"."""
+    (capability,) = [key for key, peaks in costs.PEAKS.items() if gpu.endswith(peaks.gpu)]
+    return Architecture(capability, costs.PEAKS[capability].multiprocessors, gpu)
+
+
+def test_rows_that_cannot_run_are_named():
+    """As the test of the shipped rows would: whose shared memory, fields or form are wrong; a good one is passed."""
+    large = {**ROW, "config": {**SHRINK, "block_m": 1024, "stages": 9}}
+    base_key = dict(
+        zip(tuned.KEYS["base_route"], ("bfloat16", 4096, 1280, 1280, False, 1, "block"), strict=True)
+    )
+    base = {**ROW, "kernel": "base_route", "key": base_key, "config": {"form": "cublas"}}
+    one_pass_key = dict(
+        zip(tuned.KEYS["one_pass"], ("bfloat16", 4096, 8, 8, 160, 160, True, False, True), strict=True)
+    )
+    config = one_pass_tuning.OnePassConfig(128, 128, 64, 8, 8, 4, 1, 1280, True)
+    one_pass = {**ROW, "kernel": "one_pass", "key": one_pass_key, "config": asdict(config)}
+    rows = [tuned.Row(**each) for each in (ROW, large, {**ROW, "config": {"block": 16}}, base, one_pass)]
+    found = faults(rows, named("NVIDIA H200"))
+    assert len(found) == 4
+    assert re.match(
+        r"shrink of NVIDIA H200 \{'dtype': 'bfloat16', .*\}: .*cannot run there:\n .* sm_90 has", found[0]
+    )
+    assert re.search(r"the configuration must have block_m, .*; got block", found[1])
+    assert "route base must be one of fused, torch; got 'cublas'" in found[2]
+    assert re.match(r"one_pass of NVIDIA H200 .*a tile touches 2 groups of 160", found[3], re.DOTALL)
 
 
 def test_the_row_of_this_gpu_and_problem_is_taken(table):
@@ -166,7 +206,8 @@ def test_rejects_a_configuration_that_cannot_run_there(table):
     table({**ROW, "config": {**SHRINK, "block_m": 1024, "stages": 9}})
     with pytest.raises(ValueError, match="the configuration cannot run there") as raised:
         shrink_choice()
-    assert "1216512 bytes of shared memory, sm_90 has 232448" in str(raised.value)
+    assert re.search(r"\d+ bytes of shared memory, sm_90 has 232448", str(raised.value))
+    assert "tuned.json: shrink of NVIDIA H200 {'dtype': 'bfloat16', 'rows': 4096" in str(raised.value)
     assert "256 accumulators a thread, more than 128 spill" in str(raised.value)
 
 
@@ -184,6 +225,27 @@ def test_written_tables_are_read_back(tmp_path):
     assert json.loads(path.read_text())["note"] == "a note"
 
 
+def test_decisions_hold_in_every_thread(table):
+    """A backward on a GPU runs in a thread of autograd's own."""
+    other = reduction_tuning.ShrinkConfig(16, 16, 16, 1, 320, 4, 2)
+    with tuned.deciding(lambda _choice: other), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(shrink_choice).result() is other
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(shrink_choice).result() is not other
+
+
+def test_decisions_nest(table):
+    """The innermost decides; what it leaves is the table's and the rule's, and after it the outer one decides again."""
+    first, second = (reduction_tuning.ShrinkConfig(16, 16, 16, 1, 320, 4, stages) for stages in (2, 3))
+    with tuned.deciding(lambda _choice: first):
+        with tuned.deciding(lambda _choice: second):
+            assert shrink_choice() is second
+        with tuned.deciding(lambda _choice: None):
+            assert shrink_choice() == reduction_tuning.shrink_config(BF16, 4096, 20, 320)
+        assert shrink_choice() is first
+    assert shrink_choice() is not first
+
+
 def test_every_choice_can_be_decided_from_outside(table):
     """Before table and rule; None leaves it to them. Each kernel names its sizes as the table does."""
     table(ROW)
@@ -191,7 +253,7 @@ def test_every_choice_can_be_decided_from_outside(table):
     with tuned.deciding(asked.append):
         assert asdict(shrink_choice(3000)) == SHRINK
         tuning.linear_choice(H200, BF16, 4096, 1280, 1280, False, 80, 128, True)
-        one_pass_tuning.one_pass_choice(H200, BF16, 4096, (8, 8), (160, 160), True, True)
+        one_pass_tuning.one_pass_choice(H200, BF16, 4096, (8, 8), (160, 160), True, False, True)
         reduction_tuning.mix_choice(H200, BF16, 4096, 8, 8)
         reduction_tuning.reduce_choice(H200, BF16, 4096, 20, 320)
         bottleneck_tuning.bottleneck_choice(H200, BF16, BF16, 4096, 640, 160, 640)
@@ -253,6 +315,23 @@ def test_the_linear_rule_takes_the_least_predicted_time():
             ]
             chosen = tuning.linear_config(architecture, BF16, tokens, n, k, False, 80, 128, capability >= 90)
             assert chosen == candidates[times.index(min(times))]
+
+
+def test_the_bottleneck_rule_predicts_for_the_gpu_at_hand():
+    """Not for the reference: columns are shared among as many programs as this GPU's multiprocessors gain from."""
+    others = 0
+    for case, (capability, peaks) in product(BOTTLENECKS.values(), costs.PEAKS.items()):
+        architecture = Architecture(capability, peaks.multiprocessors)
+        values = (BF16, BF16, case.tokens, case.in_features, case.width, case.out_features)
+        sizes = kernel_costs.BottleneckSizes(*values[2:])
+        candidates = list(bottleneck_tuning.bottleneck_candidates(architecture, *values))
+
+        def best(gpu: Architecture, candidates: Any = candidates, sizes: Any = sizes) -> Any:
+            return min(candidates, key=lambda each: kernel_costs.bottleneck_us(gpu, BF16, BF16, sizes, each))
+
+        assert bottleneck_tuning.bottleneck_config(architecture, *values) == best(architecture)
+        others += best(architecture) != best(costs.REFERENCE)
+    assert others > 0
 
 
 def test_a_second_choice_costs_nothing():

@@ -13,6 +13,7 @@ _KRON = (
     peft.PEFT_LORA,
     lycoris.LYCORIS_REBUILD,
     lycoris.LYCORIS_BYPASS,
+    lycoris.LYCORIS_BYPASS_AUTO,
     lycoris.LYCORIS_BYPASS_TRITON,
     plain.EINSUM,
     plain.EINSUM_COMPILED,

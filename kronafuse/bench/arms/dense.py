@@ -46,7 +46,10 @@ def _concat_reasons(spec: Spec) -> list[str]:
 
 
 def _concat(problem: KronProblem) -> Built:
-    """x lies in the buffer from the beginning; T and L are made anew in every call."""
+    """x lies in the buffer from the beginning; T and L are made anew in every call.
+
+    T is copied into its place: written there by its product, it would be a batch of M tiny ones.
+    """
     (layer,) = problem.layers
     (term,) = layer.terms
     assert layer.weight is not None
@@ -55,13 +58,13 @@ def _concat(problem: KronProblem) -> Built:
     k = shape.k
     both = problem.x.new_empty(problem.x.shape[0], k + width)
     both[:, :k] = problem.x
-    weights = layer.weight.new_empty(shape.n, k + width)
+    weights = layer.weight.new_zeros(shape.n, k + width)
     weights[:, :k] = layer.weight
-    x = both[:, :k]
+    x, up = both[:, :k], _up(term, shape, weights[:, k:])
 
     def forward() -> list[Tensor]:
         both[:, k:] = down(x)
-        weights[:, k:] = _up(term, shape, x.dtype)
+        up()
         return [torch.nn.functional.linear(both, weights)]
 
     return Built(forward, {"x": problem.x})
@@ -87,18 +90,30 @@ def _down(term: KronTerm, shape: KronShape) -> tuple[Callable[[Tensor], Tensor],
     return down, width
 
 
-def _up(term: KronTerm, shape: KronShape, dtype: torch.dtype) -> Tensor:
-    """L (N, width) with ΔY = T Lᵀ."""
-    order, b = choose(shape).order, term.b.to(dtype)
-    a = b.new_ones((1, 1)) if term.a is None else term.a.to(dtype)
-    if order == "a_first":
-        a = torch.eye(shape.n1, dtype=dtype, device=b.device)
-    elif order == "b_first":
-        b = torch.eye(shape.n2, dtype=dtype, device=b.device)
-    up = torch.kron(a, b)
-    if term.shuffled:
-        up = up.view(shape.n1, shape.n2, -1).transpose(0, 1).flatten(0, 1)
-    return up
+def _up(term: KronTerm, shape: KronShape, out: Tensor) -> Callable[[], object]:
+    """What writes L (N, width) with ΔY = T Lᵀ into `out`, which is zero where L always is; one kernel."""
+    order, width = choose(shape).order, out.shape[1]
+    if term.shuffled:  # rows are p·n1 + i, not i·n2 + p
+        rows = out.view(shape.n2, shape.n1, width).transpose(0, 1)
+    else:
+        rows = out.view(shape.n1, shape.n2, width)
+    if order == "a_first":  # I ⊗ B: B in every block of the diagonal
+        blocks = rows.unflatten(2, (shape.n1, shape.k2)).diagonal(dim1=0, dim2=2)
+        return lambda: blocks.copy_(term.b[:, :, None])
+    a = term.a
+    if order == "b_first":  # A ⊗ I: A on the diagonal of every block
+        assert a is not None
+        diagonals = rows.unflatten(2, (shape.k1, shape.n2)).diagonal(dim1=1, dim2=3)
+        return lambda: diagonals.copy_(a[:, :, None])
+    if a is None:
+        return lambda: out.copy_(term.b)
+    products = rows.unflatten(2, (shape.k1, term.b.shape[1]))
+    dtype = out.dtype
+
+    def multiply() -> None:
+        torch.mul(a.to(dtype)[:, None, :, None], term.b.to(dtype)[None, :, None, :], out=products)
+
+    return multiply
 
 
 CONCAT_GEMM = Arm("concat_gemm", _concat, _concat_reasons)

@@ -1,4 +1,4 @@
-"""LyCORIS's LoKr with the problem's factors in place of its own: rebuild, bypass, bypass in Triton."""
+"""LyCORIS's LoKr with the problem's factors in place of its own: rebuild, and bypass by each of its backends."""
 
 from __future__ import annotations
 
@@ -56,6 +56,13 @@ def _kernel_reasons(spec: Spec) -> list[str]:
     return found
 
 
+def _auto_reasons(spec: Spec) -> list[str]:
+    found = _reasons(spec)
+    if spec.device.type != "cuda":
+        found.append("without a CUDA device LyCORIS chooses torch: see lycoris_bypass")
+    return found
+
+
 def _arm(
     name: str,
     backend: str,
@@ -87,6 +94,8 @@ LYCORIS_REBUILD = _arm("lycoris_rebuild", "auto", bypass=False)
 """Its default: the dense delta, then a second GEMM, with the kernels that it picks itself."""
 LYCORIS_BYPASS = _arm("lycoris_bypass", "torch", bypass=True)
 """Factors applied one after the other, in torch."""
+LYCORIS_BYPASS_AUTO = _arm("lycoris_bypass_auto", "auto", bypass=True, reasons=_auto_reasons)
+"""The same as users run it: its kernels, or inductor where they do not cover the factors, as it chooses."""
 LYCORIS_BYPASS_TRITON = _arm(
     "lycoris_bypass_triton", "triton", bypass=True, reasons=_kernel_reasons, evidence=("lycoris::",)
 )

@@ -46,6 +46,7 @@ class StepArm:
     library:     the distribution that it needs beside ours, by import name and extra
     operator:    starts the name of an operator that must be seen to run, None for none
     kernels:     on a GPU, kernels of that operator's library must be seen too
+    counted:     starts the names of operators whose calls a note counts, though none need run
     autocast:    the step runs under bf16 autocast
     environment: variables that hold while the arm runs
     """
@@ -55,6 +56,7 @@ class StepArm:
     library: tuple[str, str] | None = None
     operator: str | None = None
     kernels: bool = False
+    counted: str | None = None
     autocast: bool = False
     environment: Mapping[str, str] = field(default_factory=dict, hash=False)
 
@@ -173,10 +175,18 @@ ARMS = {
         StepArm("ours_lokr_f8", ours(LoKr(FACTOR)), operator="kronafuse::", kernels=True),
         StepArm("ours_lora_r16", ours(LoRA(RANK)), operator="kronafuse::", kernels=True),
         StepArm("peft_lora_r16", peft(peft_lora), PEFT),
+        StepArm("peft_lora_r16_autocast", peft(peft_lora), PEFT, autocast=True),
         StepArm("peft_lokr_f8", peft(peft_lokr), PEFT),
         StepArm("peft_lokr_f8_autocast", peft(peft_lokr), PEFT, autocast=True),
         StepArm("lycoris_rebuild_f8", lycoris(bypass=False), LYCORIS, environment={BACKEND: "auto"}),
         StepArm("lycoris_bypass_f8", lycoris(bypass=True), LYCORIS, environment={BACKEND: "torch"}),
+        StepArm(
+            "lycoris_bypass_auto_f8",
+            lycoris(bypass=True),
+            LYCORIS,
+            counted="lycoris::",
+            environment={BACKEND: "auto"},
+        ),
         StepArm(
             "lycoris_bypass_triton_f8",
             lycoris(bypass=True),

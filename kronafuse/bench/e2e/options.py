@@ -32,6 +32,7 @@ def request_of(
     side: int | None = None,
     text_tokens: int | None = None,
     device: str | None = None,
+    budget: float | None = None,
 ) -> Request:
     """The request that these options stand for; None is the device's default.
 
@@ -47,6 +48,8 @@ def request_of(
     for name, values in numbers.items():
         if any(value is not None and value < 1 for value in values):
             raise ValueError(f"bench e2e: {name} must be at least 1; got {', '.join(map(str, values))}")
+    if budget is not None and not budget > 0:
+        raise ValueError(f"bench e2e: budget must be above 0; got {budget:g}")
     dtype = dtype or ("float32" if on_cpu else "bfloat16")
     if dtype not in DTYPES:
         raise ValueError(f"bench e2e: dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
@@ -62,6 +65,7 @@ def request_of(
         steps=steps or (CPU_STEPS if on_cpu else GPU_STEPS),
         side=side,
         text_tokens=text_tokens,
+        budget=budget,
     )  # fmt: skip
 
 

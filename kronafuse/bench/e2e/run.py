@@ -9,9 +9,10 @@ that fails becomes a row with its error, and the others go on.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -27,6 +28,8 @@ from .models import Batch, build, make_batch
 from .step import Prepared, many_compilations, prepare, release
 
 PUBLISHED_DTYPE = torch.bfloat16
+NOT_TIMED = "ready, not timed yet"
+"""Note of a row that is written before its arm's turns."""
 MOST_ERROR = 400
 """Characters of an error that a row keeps."""
 
@@ -39,6 +42,7 @@ class Request:
     steps:       timed steps of each arm, in two passes
     side:        of the latent grid; None for the published one, on a CPU for the smallest that the model takes
     text_tokens: likewise
+    budget:      seconds after which nothing new is begun; what is ready is timed
     """
 
     models: Sequence[StepModel]
@@ -50,6 +54,7 @@ class Request:
     steps: int
     side: int | None = None
     text_tokens: int | None = None
+    budget: float | None = None
 
     def size_of(self, model: StepModel) -> tuple[int, int]:
         """The grid's side and the text's tokens that a model runs at."""
@@ -61,24 +66,52 @@ class Request:
         return side, tokens
 
 
-def run(request: Request, write: Callable[[StepRow], None]) -> None:
-    """Measure everything; `write` gets each row as soon as it is known."""
-    for model in request.models:
-        side, tokens = request.size_of(model)
-        try:
-            built = build(model, request.dtype, request.device)
-        except Exception as error:
-            for batch, arm, form in _places(request):
-                write(_failed(label(model, request), batch, arm.name, form, error))
-            continue
+def run(
+    request: Request, write: Callable[[StepRow], None], *, clock: Callable[[], float] = time.monotonic
+) -> list[str]:
+    """Measure everything, form by form over all models; what was not begun because the budget was used up.
+
+    `write` gets each row when its arm is ready, with a note that it is not timed, and again with its time. Where it
+    is called twice for an arm, the later row is the one.
+    """
+    started = clock()
+
+    def over() -> bool:
+        return request.budget is not None and clock() - started > request.budget
+
+    skipped: list[str] = []
+    for form in request.forms:
+        for model in request.models:
+            if over():
+                skipped.append(f"{label(model, request)}, {form}")
+                continue
+            _model(request, model, form, write, over, skipped)
+            release(request.device)
+    return skipped
+
+
+def _model(
+    request: Request,
+    model: StepModel,
+    form: Form,
+    write: Callable[[StepRow], None],
+    over: Callable[[], bool],
+    skipped: list[str],
+) -> None:
+    """All batches of one model in one form."""
+    side, tokens = request.size_of(model)
+    try:
+        built = build(model, request.dtype, request.device)
+    except Exception as error:
         for batch in request.batches:
-            data = make_batch(model, batch, side, tokens, request.dtype, request.device)
-            for form in request.forms:
-                with many_compilations() if form == "compiled" else nullcontext():
-                    _group(request, model, built, data, batch, form, write)
-                release(request.device)
-            del data
-        del built
+            for arm in request.arms:
+                write(_failed(label(model, request), batch, arm.name, form, error))
+        return
+    for batch in request.batches:
+        data = make_batch(model, batch, side, tokens, request.dtype, request.device)
+        with many_compilations() if form == "compiled" else nullcontext():
+            _group(request, model, built, data, batch, form, write, over, skipped)
+        del data
         release(request.device)
 
 
@@ -91,10 +124,6 @@ def label(model: StepModel, request: Request) -> str:
     return " ".join([model.name, *differences])
 
 
-def _places(request: Request) -> list[tuple[int, StepArm, Form]]:
-    return [(batch, arm, form) for batch in request.batches for form in request.forms for arm in request.arms]
-
-
 def _group(
     request: Request,
     model: StepModel,
@@ -103,16 +132,36 @@ def _group(
     batch: int,
     form: Form,
     write: Callable[[StepRow], None],
+    over: Callable[[], bool],
+    skipped: list[str],
 ) -> None:
     """All arms of one model, batch and form, beside each other."""
     name, before = label(model, request), allocated_bytes(request.device)
     ready: dict[str, Prepared] = {}
+
+    def row_of(arm: str, prepared: Prepared) -> StepRow:
+        return StepRow(
+            model=name,
+            batch=batch,
+            arm=arm,
+            form=form,
+            peak_bytes=prepared.peak_bytes,
+            trained_parameters=prepared.trained_parameters,
+            notes=(*_size_notes(model, request), *prepared.notes),
+        )
+
     for arm in request.arms:
+        if over():
+            skipped.append(f"{name}, batch {batch}, {form}, {arm.name}")
+            continue
         try:
-            ready[arm.name] = prepare(built, model, arm, form, data, before)
+            prepared = ready[arm.name] = prepare(built, model, arm, form, data, before)
         except Exception as error:
             write(_failed(name, batch, arm.name, form, error))
             release(request.device)
+            continue
+        row = row_of(arm.name, prepared)
+        write(replace(row, notes=(*row.notes, NOT_TIMED)))
     times: dict[str, Spread] = {}
     while ready and not times:
         try:
@@ -123,19 +172,8 @@ def _group(
     frozen = times.get("frozen")
     for arm_name, prepared in ready.items():
         spread = times[arm_name]
-        write(
-            StepRow(
-                model=name,
-                batch=batch,
-                arm=arm_name,
-                form=form,
-                step_ms=spread,
-                ratio_to_frozen=None if frozen is None else spread.median / frozen.median,
-                peak_bytes=prepared.peak_bytes,
-                trained_parameters=prepared.trained_parameters,
-                notes=(*_size_notes(model, request), *prepared.notes),
-            )
-        )
+        ratio = None if frozen is None else spread.median / frozen.median
+        write(replace(row_of(arm_name, prepared), step_ms=spread, ratio_to_frozen=ratio))
 
 
 def _timed(ready: dict[str, Prepared], request: Request) -> dict[str, Spread]:

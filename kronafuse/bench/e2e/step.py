@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..records import Form
-from .arms import Adapted, StepArm
+from .arms import Adapted, StepArm, adapted_layers
 from .configs import StepModel
 from .memory import allocated_bytes, peak_bytes
 from .models import Batch, sharing_copy
@@ -87,6 +87,8 @@ def prepare(model: nn.Module, of: StepModel, arm: StepArm, form: Form, batch: Ba
         notes.append(f"{sum(breaks.values())} graph breaks")
     if arm.operator is not None:
         notes.append(_proof(arm, step, device))
+    if arm.counted is not None:
+        notes.append(_counted(arm.counted, step, device, len(adapted_layers(model, of))))
     peak, what = peak_bytes(step, device, others)
     trained = sum(each.numel() for each in adapted.parameters)
     return Prepared(step, trained, peak, [*notes, what])
@@ -119,6 +121,14 @@ def _proof(arm: StepArm, step: Callable[[], object], device: torch.device) -> st
         )
     counts = ", ".join(f"{name} ×{count}" for name, count in own.items())
     return f"a step ran {counts}" + (f"; kernels: {', '.join(launched)}" if launched else "")
+
+
+def _counted(operator: str, step: Callable[[], object], device: torch.device, layers: int) -> str:
+    """How often a step ran a library's own operators, which serve some layers and leave others to torch."""
+    operators, _ = seen(step, device)
+    own = {name: count for name, count in operators.items() if name.startswith(operator)}
+    counts = ", ".join(f"{name} ×{count}" for name, count in own.items()) or f"no operator of {operator}"
+    return f"a step over {layers} adapted layers ran {counts}"
 
 
 def seen(step: Callable[[], object], device: torch.device) -> tuple[Counter[str], Counter[str]]:

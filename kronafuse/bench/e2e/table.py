@@ -16,12 +16,13 @@ def step_table(steps: Sequence[StepRow]) -> Table:
         table.add_column(name, no_wrap=True)
     for name in ("ms per step", "spread", "ratio to frozen", "peak MiB", "trained"):
         table.add_column(name, justify="right")
-    if any(row.error is not None for row in steps):
+    if any(row.step_ms is None for row in steps):
         table.add_column("error")
     for row in steps:
         place = (row.model, str(row.batch), row.form, row.arm)
         if row.error is not None or row.step_ms is None:
-            table.add_row(*place, "", "", "", "", "", row.error)
+            peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
+            table.add_row(*place, "", "", "", peak, "", row.error or "not timed")
             continue
         low, high = row.step_ms.interval
         table.add_row(

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from ..records import Mode
+from ..selection import SETS
 from .run import Command, Part
 
 ROUND_SECONDS = 540.0
@@ -25,25 +27,47 @@ ROUND_SECONDS = 540.0
 BUDGETS = {"tests": 110.0, "tune": 90.0, "core": 250.0, "sanitizer": 60.0}
 """Seconds of each part in a whole round, in the order in which they run."""
 
-TEST_FOLDERS = ("ops", "models")
-"""Under the tests' folder: the operators, and adapters on small models."""
+TEST_FOLDERS = ("ops", "models", "bench")
+"""Under the tests' folder: the operators, adapters on small models, and the timers."""
+
+LIBRARIES = ("peft", "lycoris", "diffusers", "transformers")
+"""Of baselines and models, by import name: without one, arms and tests are left out."""
 
 SANITIZER_TESTS = ("ops/test_triton.py", "ops/test_bottleneck_triton.py")
 SANITIZER_CASES = "test_op and float16 and chosen or test_every_element_is_written and float16"
 """Each operator's whole forward and backward on the small cases, in one dtype."""
 
+SANITIZER_PROBE = Command(
+    ("compute-sanitizer", sys.executable, "-c", "import torch; torch.zeros(1, device='cuda').add_(1).item()"),
+    "sanitizer_probe.log",
+)
+"""A program without an error: where it fails, the sanitizer does not run on this machine."""
+
 TUNED, TUNED_VARIABLE = "tuned.json", "KRONAFUSE_TUNED"
 """The table that tuning writes, and the variable under which the kernels read it."""
 
-CORE_SUITES = {"kron_linear": 3.0, "kron_linear_group": 1.0, "bottleneck": 1.0}
-"""Suite -> its share of the core part's time."""
+CORE_MODES: dict[Mode, float] = {"forward_backward": 3.0, "forward": 2.0}
+"""Mode -> its share of the core part's time, in the order in which they run over all suites."""
+
+CORE = "core.json"
+"""The results of all suites; the ceilings in it are measured once."""
+
+TURNS_SHARE = 0.4
+"""Of a case's time, what turns take; checks, compilation and capture take the rest."""
+
+LEAST_TURNS, MOST_TURNS = 0.3, 2.0
+"""Limits of a case's turns in seconds."""
 
 MARGIN_SECONDS = 15.0
 """Between the time that a command is told and the time after which it is stopped."""
 
 KRONAFUSE = (sys.executable, "-m", "kronafuse", "bench")
-PYTEST = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider")
-"""Without a cache, so that the tests may lie in a folder that cannot be written to."""
+PYTEST = (
+    sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-W", "default",
+    "--continue-on-collection-errors",
+)  # fmt: skip
+"""Without a cache, so that the tests may lie in a folder that cannot be written to. A file that cannot be imported
+and a warning that this version of torch alone gives hide no other result."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +76,7 @@ class Box:
 
     tests:   the folder of the tests, or None where there is none
     workers: processes that the tests are spread over; 1 without pytest-xdist
+    absent:  libraries that are not installed
     """
 
     has_cuda: bool
@@ -59,6 +84,7 @@ class Box:
     has_pytest: bool
     has_sanitizer: bool
     workers: int = 1
+    absent: tuple[str, ...] = ()
 
     @classmethod
     def here(cls, tests: Path | None) -> Box:
@@ -69,6 +95,7 @@ class Box:
             has_pytest=importlib.util.find_spec("pytest") is not None,
             has_sanitizer=shutil.which("compute-sanitizer") is not None,
             workers=_workers(),
+            absent=tuple(each for each in LIBRARIES if importlib.util.find_spec(each) is None),
         )
 
 
@@ -101,7 +128,11 @@ def parts_of(box: Box) -> list[Part]:
         "tune": tune_commands,
         "sanitizer": lambda _folder, _seconds: sanitizer_commands(_tests_of(box)),
     }
-    return [Part(name, budget, reasons[name], commands[name]) for name, budget in BUDGETS.items()]
+    probes = {"sanitizer": SANITIZER_PROBE}
+    return [
+        Part(name, budget, reasons[name], commands[name], probes.get(name))
+        for name, budget in BUDGETS.items()
+    ]
 
 
 def test_commands(tests: Path, folder: Path, workers: int) -> list[Command]:
@@ -125,23 +156,24 @@ def tune_commands(folder: Path, seconds: float) -> list[Command]:
 
 
 def core_commands(folder: Path, seconds: float, *, has_cuda: bool) -> list[Command]:
-    """Every suite's core cases with all baselines; on a CPU the quick ones. Reads this round's tuned table."""
+    """Every suite's core cases with all baselines; on a CPU the quick ones. Reads this round's tuned table.
+
+    Training steps of all suites come first, and a case's turns are as long as the time allows for all cases.
+    """
     table = folder / TUNED
     environment = {TUNED_VARIABLE: str(table)} if table.exists() else {}
-    chosen = ("--set", "core" if has_cuda else "quick")
-    whole = sum(CORE_SUITES.values())
-    return [
-        Command(
-            (
-                *KRONAFUSE, suite, *chosen, "--budget", _told(seconds * share / whole),
-                "--out", str(folder / f"{suite}.json"),
-            ),
-            f"{suite}.log",
-            share,
-            environment,
-        )
-        for suite, share in CORE_SUITES.items()
-    ]  # fmt: skip
+    chosen = "core" if has_cuda else "quick"
+    cases = sum(len(names) for names in SETS[chosen].values())
+    found = []
+    for mode, share in CORE_MODES.items():
+        budget = float(_told(seconds * share / sum(CORE_MODES.values())))
+        turns = min(max(TURNS_SHARE * budget / cases, LEAST_TURNS), MOST_TURNS)
+        words = (
+            *KRONAFUSE, "run", "--set", chosen, "--mode", mode, "--budget", f"{budget:.0f}",
+            "--seconds", f"{turns:.2f}", "--out", str(folder / CORE), "--add",
+        )  # fmt: skip
+        found.append(Command(words, f"core_{mode}.log", share, environment, ("--missing",)))
+    return found
 
 
 def _told(seconds: float) -> str:

@@ -12,7 +12,9 @@ from ..records import Machine
 SCHEMA = 1
 FILE = "round.json"
 
-Status = Literal["done", "failed", "stopped at its budget", "cannot run", "interrupted", "no time left"]
+Status = Literal[
+    "done", "incomplete", "failed", "stopped at its budget", "cannot run", "interrupted", "no time left"
+]
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class PartResult:
     started:     seconds after the round began; None where it did not start
     exit_statuses: of its commands in order; None for one that was stopped
     reason:      why it could not run, or what its log ends with
+    skipped:     cases and choices that were not begun, by which a part without failures is incomplete
     """
 
     part: str
@@ -30,6 +33,7 @@ class PartResult:
     seconds: float = 0.0
     exit_statuses: tuple[int | None, ...] = ()
     reason: str = ""
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

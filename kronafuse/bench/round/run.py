@@ -10,22 +10,33 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
 from ...formats.atomic import written_beside
+from ..device import DEVICE_LOST
 from ..machine import command_text, describe
+from ..running import SKIPPED as CASE_SKIPPED
+from ..tune import SKIPPED as CHOICE_SKIPPED
 from .process import GRACE_SECONDS, run_command
-from .records import PartResult, RoundResult
+from .records import PartResult, RoundResult, Status
 
+SKIPPED = (CASE_SKIPPED, CHOICE_SKIPPED)
+"""Begin the lines in which commands name what their budget did not reach."""
+LEAST_SECONDS = 10.0
+"""A command that lost the device does not run again in less."""
 RESERVE_SECONDS = 20.0
 """Of a round: for stopping the last part, the archive and the table."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a part: its words, its log's name, its share of the part's time, its environment."""
+    """One command of a part: its words, its log's name, its share of the part's time, its environment.
+
+    again: words with which it runs once more, in a new process, where it lost the device
+    """
 
     words: tuple[str, ...]
     log: str
     share: float = 1.0
     environment: dict[str, str] = field(default_factory=dict, hash=False)
+    again: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """As it would be typed, with absolute paths cut to their last part."""
@@ -40,12 +51,14 @@ class Part:
     budget:   its seconds where every part takes its whole time; what others leave is added
     reasons:  why it cannot run here; empty means that it can
     commands: from the folder that they write to and the seconds that they have
+    probe:    runs first; where it fails, the part cannot run, for what it says
     """
 
     name: str
     budget: float
     reasons: tuple[str, ...]
     commands: Callable[[Path, float], Sequence[Command]]
+    probe: Command | None = None
 
 
 def choose(parts: Sequence[Part], only: str | None) -> list[Part]:
@@ -111,28 +124,66 @@ def _run_part(part: Part, folder: Path, limit: float, grace_seconds: float) -> P
     if limit <= 0:
         return PartResult(part.name, "no time left")
     started = time.monotonic()
+    if part.probe is not None and (status := _run(part.probe, folder, limit, grace_seconds)) != 0:
+        said = "it did not end" if status is None else last_line(folder / part.probe.log)
+        taken = round(time.monotonic() - started, 1)
+        return PartResult(part.name, "cannot run", None, taken, (status,), f"{part.probe.words[0]}: {said}")
     statuses: list[int | None] = []
     ends: list[str] = []
-    commands = part.commands(folder, limit)
+    not_run: list[str] = []
+    commands = part.commands(folder, limit - (time.monotonic() - started))
     for index, command in enumerate(commands):
         left = limit - (time.monotonic() - started)
         shares = sum(each.share for each in commands[index:])
-        log = folder / command.log
-        log.write_text(f"$ {command}\n", encoding="utf-8")
+        status = _run(command, folder, left * command.share / shares, grace_seconds)
+        statuses.append(status)
+        ends.append("stopped" if status is None else last_line(folder / command.log))
+        not_run += skipped(folder / command.log)
+    return PartResult(
+        part.name,
+        _status(statuses, not_run),
+        seconds=round(time.monotonic() - started, 1),
+        exit_statuses=tuple(statuses),
+        reason="; ".join(ends),
+        skipped=tuple(not_run),
+    )
+
+
+def _status(statuses: Sequence[int | None], not_run: Sequence[str]) -> Status:
+    """A failure counts where all commands had their time."""
+    if None in statuses:
+        return "stopped at its budget"
+    if any(statuses):
+        return "failed"
+    return "incomplete" if not_run else "done"
+
+
+def _run(command: Command, folder: Path, seconds: float, grace_seconds: float) -> int | None:
+    """Its exit status, None where it was stopped; after a lost device that of the run that went on."""
+    until = time.monotonic() + seconds
+    log = folder / command.log
+    log.write_text(f"$ {command}\n", encoding="utf-8")
+    words = command.words
+    while True:
         ended = run_command(
-            command.words,
+            words,
             log,
-            left * command.share / shares,
+            until - time.monotonic(),
             environment=command.environment,
             grace_seconds=grace_seconds,
         )
-        statuses.append(ended.exit_status)
-        ends.append("stopped" if ended.exit_status is None else last_line(log))
-    status = (
-        "stopped at its budget" if None in statuses else "failed" if any(statuses) else "done"
-    )  # a failure counts where all had their time
-    taken = round(time.monotonic() - started, 1)
-    return PartResult(part.name, status, seconds=taken, exit_statuses=tuple(statuses), reason="; ".join(ends))
+        if ended.exit_status != DEVICE_LOST or not command.again:
+            return ended.exit_status
+        if until - time.monotonic() < LEAST_SECONDS:
+            return ended.exit_status
+        words = (*command.words, *command.again)
+
+
+def skipped(log: Path) -> list[str]:
+    """What a log says was not run for want of time."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [line.removeprefix(each) for line in lines for each in SKIPPED if line.startswith(each)]
+    return list(dict.fromkeys(found))
 
 
 def last_line(log: Path, most: int = 160) -> str:

@@ -15,5 +15,6 @@ def round_table(result: RoundResult) -> Table:
     table.add_column("what it says")
     for part in result.parts:
         exits = ", ".join("stopped" if each is None else str(each) for each in part.exit_statuses)
-        table.add_row(part.part, part.status, f"{part.seconds:.0f}", exits, part.reason)
+        skipped = f"{len(part.skipped)} not run; " if part.skipped else ""
+        table.add_row(part.part, part.status, f"{part.seconds:.0f}", exits, f"{skipped}{part.reason}")
     return table

@@ -43,10 +43,13 @@ def all_parts(
         raise ValueError(
             f"bench all: --seconds must be above 0 and at most {ROUND_SECONDS:.0f}; got {longest:g}"
         )
-    parts = choose(parts_of(Box.here(tests)), only)
+    box = Box.here(tests)
+    parts = choose(parts_of(box), only)
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH
+    if box.absent:
+        console.print(f"Not installed, so left out: {', '.join(box.absent)}", highlight=False, markup=False)
     result = run_round(
         parts,
         out,

@@ -35,6 +35,10 @@ def e2e(
     ] = None,
     text_tokens: Annotated[int | None, typer.Option(help="Tokens of the text that the model reads.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one.")] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Seconds after which no model and no arm is begun; eager steps come first."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="JSON file, rewritten with every row.")] = Path("runs/e2e.json"),
 ) -> None:
     """Time one training step of SDXL, SD 1.5, DiT-XL/2 and Flux2-klein with every adapter.
@@ -52,11 +56,12 @@ def e2e(
     from ...bench.e2e.table import step_table
     from ...bench.machine import describe
     from ...bench.records import Results, StepRow
+    from ...bench.running import SKIPPED
     from ..exits import Missed
 
     request = request_of(
         models=model, batches=batch, arms=arm, forms=form, steps=steps, dtype=dtype, side=size,
-        text_tokens=text_tokens, device=device,
+        text_tokens=text_tokens, device=device, budget=budget,
     )  # fmt: skip
     console = Console()
     if not console.is_terminal:
@@ -69,7 +74,7 @@ def e2e(
         nonlocal results
         results = results.with_step(row)
         results.write(out)
-        state = f"{row.step_ms.median:.1f} ms" if row.step_ms is not None else row.error
+        state = f"{row.step_ms.median:.1f} ms" if row.step_ms is not None else row.error or "ready"
         console.print(
             f"{row.model}, batch {row.batch}, {row.form}, {row.arm}: {state}",
             highlight=False,
@@ -77,7 +82,9 @@ def e2e(
             soft_wrap=True,
         )
 
-    run(request, write)
+    skipped = run(request, write)
     console.print(step_table(results.steps))
-    if all(row.error is not None for row in results.steps):
+    for each in skipped:
+        console.print(f"{SKIPPED}{each}", highlight=False, markup=False, soft_wrap=True)
+    if results.steps and all(row.error is not None for row in results.steps):
         raise Missed("bench e2e: no arm ran; the rows have the errors")

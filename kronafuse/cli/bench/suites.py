@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,6 +37,9 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", help="Results as JSON, written anew after each case; runs/bench.json if absent."),
 ]
+Missing = Annotated[
+    bool, typer.Option("--missing", help="With --add: only what the results in --out have no row of.")
+]
 Add = Annotated[
     bool, typer.Option("--add", help="Add to the results in --out, of the same machine, versions and commit.")
 ]
@@ -48,19 +52,20 @@ def run(
     case: Case = None, layer: Layer = None, adapter: Adapter = None, set_name: Set = "core", batch: Batch = None,
     tokens: Tokens = None, dtype: Dtype = None, mode: Mode = None, arm: ArmNames = None, factors: Factors = "compute",
     device: Device = None, seconds: Seconds = 2.0, budget: Budget = None, out: Out = None,
-    add: Add = False,
+    add: Add = False, missing: Missing = False,
 ) -> None:  # fmt: skip
     """Time the suites' cases with all baselines.
 
     Every arm is checked against float64 first; what is wrong, does not cover a case or did not run becomes a row
-    with its error. Exits with 1 where one of our implementations is wrong or fails.
+    with its error. Exits with 1 where one of our implementations is wrong or fails, with 3 where nothing more runs
+    on the device; the same command with --add --missing goes on.
     """
     from ...bench.selection import Options, suites_named
 
     options = Options(
         set_name, case or (), layer or (), adapter or (), batch or (), tokens, dtype or (), mode or (), factors, device
     )  # fmt: skip
-    _run(suites_named(suite or ()), options, arm or (), seconds, budget, out, add)
+    _run(suites_named(suite or ()), options, arm or (), seconds, budget, out, add, missing)
 
 
 def _of(suite: str, about: str) -> Callable[..., None]:
@@ -70,11 +75,11 @@ def _of(suite: str, about: str) -> Callable[..., None]:
         case: Case = None, layer: Layer = None, adapter: Adapter = None, set_name: Set = "core",
         batch: Batch = None, tokens: Tokens = None, dtype: Dtype = None, mode: Mode = None, arm: ArmNames = None,
         factors: Factors = "compute", device: Device = None, seconds: Seconds = 2.0, budget: Budget = None,
-        out: Out = None, add: Add = False,
+        out: Out = None, add: Add = False, missing: Missing = False,
     ) -> None:  # fmt: skip
         run(
             [suite], case, layer, adapter, set_name, batch, tokens, dtype, mode, arm, factors, device, seconds,
-            budget, out, add,
+            budget, out, add, missing,
         )  # fmt: skip
 
     command.__doc__ = about
@@ -97,13 +102,15 @@ def _run(
     budget: float | None,
     out: Path | None,
     add: bool,
+    missing: bool,
 ) -> None:
     from ...bench import require_libraries
 
     require_libraries()
     from rich.console import Console
 
-    from ...bench.running import run_suites
+    from ...bench.device import DEVICE_LOST, DeviceLostError
+    from ...bench.running import SKIPPED, run_suites
     from ...bench.suites import NOT_COVERED
     from ...bench.tables import left_out, machine_lines, problem_table
     from ...bench.targets import lines
@@ -127,13 +134,18 @@ def _run(
         for line in left_out(rows):
             say(f"    {line}")
 
-    results, skipped = run_suites(
-        suites, options, arms, path, seconds=seconds, budget=budget, add=add, begin=begin, show=show
-    )
+    try:
+        results, skipped = run_suites(
+            suites, options, arms, path, seconds=seconds, budget=budget, add=add, missing=missing, begin=begin,
+            show=show,
+        )  # fmt: skip
+    except DeviceLostError as error:
+        print(f"kronafuse: {error}; --add --missing goes on in a new process", file=sys.stderr)
+        raise typer.Exit(DEVICE_LOST) from error
     for line in lines(results):
         say(line)
     for spec in skipped:
-        say(f"Not run, the budget was used up: {spec}")
+        say(f"{SKIPPED}{spec}")
     say(f"Written: {path}")
     wrong = [
         row

@@ -113,7 +113,7 @@ def run(
     import torch
 
     from ...bench.timing import CudaTimer
-    from ...bench.tune import in_parts
+    from ...bench.tune import SKIPPED
     from ...bench.tune import tune as tune_problems
     from ...bench.tune_compile import compiling, default_workers
     from ..exits import Missed
@@ -131,8 +131,7 @@ def run(
     device = torch.cuda.current_device()
     timer = CudaTimer(torch.device("cuda", device))
     say(f"{len(chosen)} choices on {gpu}, {seconds:g} s")
-    ordered = [problem for part in in_parts(chosen) for problem in part]
-    with compiling(ordered, device, workers or default_workers()) as compilations:
+    with compiling(chosen, device, workers or default_workers()) as compilations:
         progress = tune_problems(
             chosen, out, timer=timer, gpu=gpu, seconds=seconds, ready=compilations.wait, report=report
         )
@@ -141,7 +140,7 @@ def run(
     for name, why in progress.failures.items():
         say(f"Failed: {name}: {why}")
     for problem in progress.left:
-        say(f"Not reached: {problem}")
+        say(f"{SKIPPED}{problem}")
     say(f"{len(progress.rows)} rows written: {out}; kernels read it where KRONAFUSE_TUNED names it")
     if progress.failures:
         raise Missed(f"bench tune: {len(progress.failures)} of {len(chosen)} choices failed")

@@ -84,11 +84,11 @@ def _bottleneck_backward_kernel(
     pid = tl.program_id(0)
     pid_split = pid % SPLIT
     row = (pid // SPLIT).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dtype: tl.constexpr = pre_ptr.dtype.element_ty
     acc, second = into_hidden(
-        dy_ptr, up_ptr, row, M, N, H, stride_gm, stride_gn, stride_uh, stride_un,
+        dy_ptr, up_ptr, dtype, row, M, N, H, stride_gm, stride_gn, stride_uh, stride_un,
         EVEN_N, EVEN_H, PRECISION, BLOCK_M, BLOCK_N, WIDTH, SECOND,
     )  # fmt: skip
-    dtype: tl.constexpr = down_ptr.dtype.element_ty
     # What all programs of these rows know is stored by the first of them.
     stored = tl.where(pid_split == 0, M, 0)
     factor = scale_value(scale, scale_ptr)
@@ -155,7 +155,7 @@ def backward_rows(
         "columns": config.columns,
         "stride_gm": dy.stride(0),
         "stride_gn": dy.stride(1),
-        **factor_arguments(call.down.to(call.dtype), call.up.to(call.dtype), call.scale),
+        **factor_arguments(call.down, call.up, call.scale),
     }
     constants = {**kernel_constants(config, call, "N", "K"), "ADDS_DY": call.residual_is_x}
     if programs:

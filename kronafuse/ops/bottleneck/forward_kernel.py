@@ -16,17 +16,19 @@ from .hidden_kernels import factor_arguments, into_hidden, kernel_constants, loa
 
 
 @triton.jit
-def _activate_columns(acc, bias_ptr, pre_ptr, dtype, row, offs_h, stored, H, ACTIVATION: tl.constexpr):
-    """act(acc + bias) of these columns, rounded to `dtype`; acc + bias is stored where pre_ptr is given."""
+def _activate_columns(
+    acc, bias_ptr, pre_ptr, row, offs_h, stored, H, ACTIVATION: tl.constexpr, KEEP: tl.constexpr
+):
+    """act(acc + bias) of these columns, rounded to pre's dtype; acc + bias is stored where it is kept."""
     pre = acc
     if bias_ptr is not None:
         pre += tl.load(bias_ptr + offs_h, mask=offs_h < H, other=0.0).to(tl.float32)[None, :]
-    if pre_ptr is not None:
+    if KEEP:
         mask = (row < stored)[:, None] & (offs_h < H)[None, :]
         # Rounding point 1: what backward reads; the activation here takes the sum itself.
         tl.store(pre_ptr + row[:, None] * H + offs_h[None, :], pre.to(pre_ptr.dtype.element_ty), mask=mask)
     # Rounding point 2: the hidden layer, an operand.
-    return activate(pre, ACTIVATION).to(dtype)
+    return activate(pre, ACTIVATION).to(pre_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -54,6 +56,7 @@ def _bottleneck_forward_kernel(
     stride_dk,
     stride_un,
     stride_uh,
+    KEEP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -69,19 +72,19 @@ def _bottleneck_forward_kernel(
     pid = tl.program_id(0)
     pid_split = pid % SPLIT
     row = (pid // SPLIT).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dtype: tl.constexpr = pre_ptr.dtype.element_ty
     acc, second = into_hidden(
-        x_ptr, down_ptr, row, M, K, H, stride_xm, stride_xk, stride_dh, stride_dk,
+        x_ptr, down_ptr, dtype, row, M, K, H, stride_xm, stride_xk, stride_dh, stride_dk,
         EVEN_K, EVEN_H, PRECISION, BLOCK_M, BLOCK_K, WIDTH, SECOND,
     )  # fmt: skip
-    dtype: tl.constexpr = up_ptr.dtype.element_ty
     # What all programs of these rows know is stored by the first of them.
     stored = tl.where(pid_split == 0, M, 0)
     offs_h = tl.arange(0, WIDTH)
-    hidden = _activate_columns(acc, down_bias_ptr, pre_ptr, dtype, row, offs_h, stored, H, ACTIVATION)
+    hidden = _activate_columns(acc, down_bias_ptr, pre_ptr, row, offs_h, stored, H, ACTIVATION, KEEP)
     if SECOND > 0:
         offs_s = WIDTH + tl.arange(0, SECOND)
         hidden_second = _activate_columns(
-            second, down_bias_ptr, pre_ptr, dtype, row, offs_s, stored, H, ACTIVATION
+            second, down_bias_ptr, pre_ptr, row, offs_s, stored, H, ACTIVATION, KEEP
         )
     else:
         hidden_second = hidden
@@ -129,7 +132,7 @@ def forward(call: Call, keep: bool, config: tuning.BottleneckConfig | None = Non
         "down_bias_ptr": None if call.down_bias is None else call.down_bias.contiguous(),
         "up_bias_ptr": None if call.up_bias is None else call.up_bias.contiguous(),
         "y_ptr": y,
-        "pre_ptr": pre if keep else None,
+        "pre_ptr": pre,
         "M": tokens,
         "N": out_features,
         "K": in_features,
@@ -139,9 +142,9 @@ def forward(call: Call, keep: bool, config: tuning.BottleneckConfig | None = Non
         "stride_xk": x.stride(1),
         "stride_rm": 0 if residual is None else residual.stride(0),
         "stride_rn": 0 if residual is None else residual.stride(1),
-        **factor_arguments(call.down.to(call.dtype), call.up.to(call.dtype), call.scale),
+        **factor_arguments(call.down, call.up, call.scale),
     }
-    constants = kernel_constants(config, call, "K", "N")
+    constants = {"KEEP": keep, **kernel_constants(config, call, "K", "N")}
     programs = tuning.blocks(tokens, config.block_m) * config.split
     launch(_bottleneck_forward_kernel, programs, x.device, arguments, constants, config.warps, config.stages)
     return y, pre

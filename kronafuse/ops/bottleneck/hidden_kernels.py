@@ -30,9 +30,18 @@ def load_rows(ptr, row, offs_f, M, F, stride_m, stride_f, EVEN_F: tl.constexpr):
 
 @triton.jit
 def load_factor(
-    ptr, offs_r, offs_c, rows, columns, stride_r, stride_c, EVEN_R: tl.constexpr, EVEN_C: tl.constexpr
+    ptr,
+    dtype: tl.constexpr,
+    offs_r,
+    offs_c,
+    rows,
+    columns,
+    stride_r,
+    stride_c,
+    EVEN_R: tl.constexpr,
+    EVEN_C: tl.constexpr,
 ):
-    """Elements (offs_r, offs_c) of a (rows, columns) factor, 0 outside of it."""
+    """Elements (offs_r, offs_c) of a (rows, columns) factor in `dtype`, 0 outside of it."""
     offsets = offs_r.to(tl.int64)[:, None] * stride_r + offs_c.to(tl.int64)[None, :] * stride_c
     if EVEN_R and EVEN_C:
         tile = tl.load(ptr + offsets)
@@ -43,13 +52,15 @@ def load_factor(
     else:
         mask = (offs_r < rows)[:, None] & (offs_c < columns)[None, :]
         tile = tl.load(ptr + offsets, mask=mask, other=0.0)
-    return tile
+    # Rounding point 0: a factor of another dtype.
+    return tile.to(dtype)
 
 
 @triton.jit
 def into_hidden(
     in_ptr,
     w_ptr,
+    dtype: tl.constexpr,
     row,
     M,
     F,
@@ -66,7 +77,7 @@ def into_hidden(
     WIDTH: tl.constexpr,
     SECOND: tl.constexpr,
 ):
-    """Rows of the input times w (H, F): the hidden layer's first WIDTH columns, and SECOND more."""
+    """Rows of the input times w (H, F), both in `dtype`: the hidden layer's first WIDTH columns, and SECOND more."""
     offs_h = tl.arange(0, WIDTH)
     offs_s = WIDTH + tl.arange(0, SECOND if SECOND > 0 else 1)
     acc = tl.zeros([BLOCK_M, WIDTH], dtype=tl.float32)
@@ -74,12 +85,12 @@ def into_hidden(
     for f in range(0, F, BLOCK_F):
         offs_f = f + tl.arange(0, BLOCK_F)
         tile = load_rows(in_ptr, row, offs_f, M, F, stride_im, stride_if, EVEN_F)
-        # Rounding point 0: input wider than the compute dtype becomes the factor's.
-        tile = tile.to(w_ptr.dtype.element_ty)
-        w_tile = load_factor(w_ptr, offs_f, offs_h, F, H, stride_wf, stride_wh, EVEN_F, EVEN_H)
+        # Rounding point 0: input wider than the compute dtype.
+        tile = tile.to(dtype)
+        w_tile = load_factor(w_ptr, dtype, offs_f, offs_h, F, H, stride_wf, stride_wh, EVEN_F, EVEN_H)
         acc = dot(tile, w_tile, acc, PRECISION)
         if SECOND > 0:
-            w_tile = load_factor(w_ptr, offs_f, offs_s, F, H, stride_wf, stride_wh, EVEN_F, EVEN_H)
+            w_tile = load_factor(w_ptr, dtype, offs_f, offs_s, F, H, stride_wf, stride_wh, EVEN_F, EVEN_H)
             second = dot(tile, w_tile, second, PRECISION)
     return acc, second
 
@@ -105,11 +116,12 @@ def out_of_hidden(
     """The hidden layer's rows times columns offs_o of w (H, features)."""
     offs_h = tl.arange(0, WIDTH)
     acc = tl.zeros([BLOCK_M, BLOCK_O], dtype=tl.float32)
-    w_tile = load_factor(w_ptr, offs_h, offs_o, H, features, stride_wh, stride_wo, EVEN_H, EVEN_O)
+    dtype: tl.constexpr = hidden.dtype
+    w_tile = load_factor(w_ptr, dtype, offs_h, offs_o, H, features, stride_wh, stride_wo, EVEN_H, EVEN_O)
     acc = dot(hidden, w_tile, acc, PRECISION)
     if SECOND > 0:
         offs_s = WIDTH + tl.arange(0, SECOND)
-        w_tile = load_factor(w_ptr, offs_s, offs_o, H, features, stride_wh, stride_wo, EVEN_H, EVEN_O)
+        w_tile = load_factor(w_ptr, dtype, offs_s, offs_o, H, features, stride_wh, stride_wo, EVEN_H, EVEN_O)
         acc = dot(hidden_second, w_tile, acc, PRECISION)
     return acc
 

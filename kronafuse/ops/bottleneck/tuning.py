@@ -1,8 +1,8 @@
 """Which tile sizes the Triton kernels run with: the row of the tuned table for this GPU and these sizes, else a rule.
 
-The rule takes the candidate of the least predicted time (`costs.py`); no GPU has measured one. Its choice depends on
-sizes, dtypes and the shared memory of a program, so the order of every sum, and so every bit of the result, is the
-same at each call.
+The rule takes the candidate of the least predicted time (`costs.py`) on the GPU at hand; no GPU has measured one.
+What it chooses puts rows and columns on programs and cuts sums into steps that follow one another: the same at each
+call.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from itertools import product
 import torch
 
 from .. import tuned
-from ..costs import REFERENCE, blocks, shared_limit
+from ..costs import blocks, shared_limit
 from ..kernel_costs import BottleneckSizes, bottleneck_us
+from ..kron_linear.reduction_tuning import FACTOR_BYTES
 from ..kron_linear.tuning import MINIMUM, power_of_two, resources
 from ..launch import Architecture
 
@@ -60,7 +61,7 @@ class BottleneckConfig:
         """The stages' tiles of the features and of the factor, and the hidden layer."""
         hidden = self.width + self.second
         step = max(self.block_in, self.block_out)
-        rows = step * (self.block_m * widest.itemsize + hidden * dtype.itemsize)
+        rows = step * (self.block_m * widest.itemsize + hidden * FACTOR_BYTES)
         return self.stages * rows + self.block_m * hidden * dtype.itemsize
 
 
@@ -103,7 +104,7 @@ def bottleneck_config(
     sizes = BottleneckSizes(tokens, in_features, width, out_features)
     return min(
         bottleneck_candidates(architecture, dtype, widest, tokens, in_features, width, out_features),
-        key=lambda config: bottleneck_us(REFERENCE, dtype, widest, sizes, config),
+        key=lambda config: bottleneck_us(architecture, dtype, widest, sizes, config),
     )
 
 
@@ -123,9 +124,11 @@ def bottleneck_candidates(
         power_of_two(tokens, at_most=most) for most in ((32, 16) if single else (64, 32, 16))
     )
     for block_m, share in product(heights, (1, 2, 4, MOST_SPLITS)):
-        # The widest hidden layers leave few registers for the tiles beside them.
+        # The widest hidden layers leave few registers for the tiles beside them, the fewest where features are wider.
         step, stages = 32 if single or first + second > WIDE else 64, 3
-        warps = 8 if block_m * (first + second) > 64 * 64 else 4
+        if first + second > WIDE and widest.itemsize > dtype.itemsize:
+            step = MINIMUM
+        warps = 8 if block_m * (first + second) >= 64 * 64 else 4
         limit = shared_limit(architecture.capability)
 
         def config(step: int, stages: int, block_m: int = block_m, share: int = share, warps: int = warps):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Primitives(Protocol):
-    """What a backend supplies; every result is a new tensor and every one of its elements is written."""
+    """What a backend supplies; every result is a new tensor, or a base that `linear` owns, written as a whole."""
 
     CASTS_FACTORS: bool
     """Whether it casts factors to x's dtype itself, as it reads them; else maps come with cast factors."""
@@ -58,10 +58,12 @@ class Primitives(Protocol):
         base: Tensor | None,
         maps: Sequence[KronMap],
         inners: Sequence[Tensor | None],
+        owns_base: bool = False,
     ) -> Tensor:
         """x Wᵀ + bias + base + Σ up(inner), (M, out); weight (out, in) in any strides. Not all four absent.
 
         An inner is None where the whole map is applied to x here, as `in_one_pass` said.
+        owns_base: whether base is an earlier result, of which the sum may take the place
         """
         ...
 
@@ -150,23 +152,50 @@ def forward(
     single = [
         primitives.in_one_pass(x, layer.weight, group) for layer, group in zip(layers, maps, strict=True)
     ]
+    kept = [
+        [not alone and _is_small(kron, x, small_bytes) for kron, alone in zip(group, singles, strict=True)]
+        for group, singles in zip(maps, single, strict=True)
+    ]
     flat = [
         kron
-        for group, singles in zip(maps, single, strict=True)
-        for kron, alone in zip(group, singles, strict=True)
-        if not alone
+        for group, keeps in zip(maps, kept, strict=True)
+        for kron, keep in zip(group, keeps, strict=True)
+        if keep
     ]
-    shrunk = iter(primitives.shrink(x, flat) if flat else [])
+    shared = iter(primitives.shrink(x, flat) if flat else [])
     ys, saved = [], []
-    for layer, group, singles in zip(layers, maps, single, strict=True):
-        inners: list[Tensor | None] = []
-        for kron, alone in zip(group, singles, strict=True):
-            part = None if alone else next(shrunk)
-            inners.append(None if part is None else inner_of(kron, part, primitives))
-            keeps = part is not None and (kron.thin or part.nbytes < small_bytes)
-            saved.append(part if keeps else x.new_empty(0))
-        ys.append(primitives.linear(x, layer.weight, layer.bias, layer.base, group, inners))
+    for layer, group, singles, keeps in zip(layers, maps, single, kept, strict=True):
+        parts = [next(shared) if keep else None for keep in keeps]
+        saved += [x.new_empty(0) if part is None else part for part in parts]
+        passing = [not alone and not keep for alone, keep in zip(singles, keeps, strict=True)]
+        ys.append(_output(x, layer, group, parts, passing, primitives))
     return ys, saved
+
+
+def _output(
+    x: Tensor,
+    layer: FrozenLinear,
+    group: Sequence[KronMap],
+    parts: Sequence[Tensor | None],
+    passing: Sequence[bool],
+    primitives: Primitives,
+) -> Tensor:
+    """y of one layer; the T that are not saved, as large as x, are computed here and gone with this call."""
+    own = [kron for kron, passes in zip(group, passing, strict=True) if passes]
+    passing_parts = iter(primitives.shrink(x, own) if own else [])
+    inners: list[Tensor | None] = []
+    for kron, part, passes in zip(group, parts, passing, strict=True):
+        shrunk = next(passing_parts) if passes else part
+        inners.append(None if shrunk is None else inner_of(kron, shrunk, primitives))
+    return primitives.linear(x, layer.weight, layer.bias, layer.base, group, inners)
+
+
+def _is_small(kron: KronMap, x: Tensor, small_bytes: int) -> bool:
+    """Whether T is thin, or smaller than this all the same: then it is saved, and layers share the read of x."""
+    if kron.thin:
+        return True
+    width = kron.left[0 if kron.order == "a_first" else 1] * kron.inner[1]
+    return x.shape[0] * width * x.element_size() < small_bytes
 
 
 LAYER_GRADIENTS = 2
@@ -200,6 +229,9 @@ def backward(
         ]
         for layer in layers
     ]
+    for group in groups:
+        for step in group:
+            step.adjoint.applied = need_x
     stages = primitives.second_stages()
     empty = x.new_empty(0)
     dx: Tensor | None = None
@@ -210,9 +242,7 @@ def backward(
             _decide_one_pass(dy, layer, group, primitives)
         _gradients_from_dy(dy, x, group, need_x, primitives, stages)
         if need_x and (layer.weight is not None or group):
-            weight = None if layer.weight is None else layer.weight.t()
-            inners = [None if step.one_pass else _inner(step) for step in group]
-            dx = primitives.linear(dy, weight, None, dx, [step.adjoint for step in group], inners)
+            dx = _input_gradient(dy, layer, group, dx, primitives)
         for step in group:
             _other_gradients(step, dy, x, primitives, stages)
         waiting += [step for step in group if step.wants_from_x]
@@ -243,6 +273,16 @@ def _decide_one_pass(
     adjoints, kept = [step.adjoint for step in group], [step.needs_down for step in group]
     for step, alone in zip(group, primitives.in_one_pass(dy, weight, adjoints, kept), strict=True):
         step.one_pass = alone
+
+
+def _input_gradient(
+    dy: Tensor, layer: FrozenLinear, group: Sequence[TermStep], base: Tensor | None, primitives: Primitives
+) -> Tensor:
+    """This layer's part of dx, added to `base` in place where the backend can."""
+    weight = None if layer.weight is None else layer.weight.t()
+    inners = [None if step.one_pass else _inner(step) for step in group]
+    adjoints = [step.adjoint for step in group]
+    return primitives.linear(dy, weight, None, base, adjoints, inners, True)
 
 
 def _inner(step: TermStep) -> Tensor:

@@ -47,7 +47,9 @@ class KronGroup(torch.autograd.Function):
         ctx.held = {}
         if not torch.compiler.is_compiling():
             ctx.held = {
-                index: part for index, part in enumerate(saved) if part.numel() and _is_fat(tensors, split, index)
+                index: part
+                for index, part in enumerate(saved)
+                if part.numel() and _is_fat(tensors, split, index)
             }
             saved = [x.new_empty(0) if index in ctx.held else part for index, part in enumerate(saved)]
         ctx.save_for_backward(x, *tensors, *saved)

@@ -76,6 +76,7 @@ def linear(
     base: Tensor | None,
     maps: Sequence[KronMap],
     inners: Sequence[Tensor | None],
+    _owns_base: bool = False,
 ) -> Tensor:
     """x Wᵀ + bias + base + Σ up(inner), (M, out)."""
     if weight is not None:

@@ -57,11 +57,13 @@ class TermStep:
         """A term before anything is computed, with what forward saved of it."""
         factors = (term.a, term.b, term.b_down)
         dtypes = [term.b.dtype if each is None else each.dtype for each in factors]
+        kron.applied = False
         return cls(kron, kron.adjoint(), needs, dtypes, part)
 
     def release(self) -> None:
         """Frees what only this layer's own part of backward takes."""
         self.part, self.down, self.forward_inner = self.part.new_empty(0), None, None
+        self.adjoint.dense_up = None
         if not self.wants_from_x:
             self.inner = None
 
@@ -115,6 +117,7 @@ def scale_gradient(kron: KronMap, dy: Tensor, x: Tensor, primitives: Primitives)
     """Σ dy ⊙ (delta at scale 1), as the inner product of one factor with its own gradient."""
     kron = replace(kron, scale=1.0)
     adjoint = kron.adjoint()
+    adjoint.applied = False
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if kron.order == "a_first":
         factor, down = kron.a, primitives.shrink(dy, [adjoint])[0]

@@ -77,11 +77,12 @@ def _shrink_together(x: Tensor, maps: Sequence[KronMap]) -> list[Tensor]:
 def _built_beside(maps: Sequence[KronMap]) -> list[KronMap]:
     """Those whose dense L the launch of their T builds as well: at least the first, where it takes one, and its like.
 
-    Built whether or not `linear` follows: a few programs at the end of a launch, against a launch of their own.
+    A few programs at the end of a launch, against a launch of their own.
     """
     found: list[KronMap] = []
     for kron in maps:
-        if _takes_dense(kron) and kron.out_scale is None and (not found or same_ups(kron, found[0])):
+        wanted = kron.applied and kron.out_scale is None and _takes_dense(kron)
+        if wanted and (not found or same_ups(kron, found[0])):
             found.append(kron)
     return found
 
@@ -113,7 +114,7 @@ def _shrink_dense(x: Tensor, maps: Sequence[KronMap]) -> list[Tensor]:
 
 
 def _same_rows(kron: KronMap, other: KronMap) -> bool:
-    """Whether both down maps are A ⊗ I, or both I ⊗ B, on the same rows of x, so that their factors stack."""
+    """Whether both down maps are A ⊗ I, or both I ⊗ B, on the same rows of x, with factors of one dtype that stack."""
     same_side = (
         (kron.left[1], kron.right[1]) == (other.left[1], other.right[1])
         and (kron.in_shuffled == other.in_shuffled or 1 in (kron.left[1], kron.right[1]))
@@ -122,8 +123,13 @@ def _same_rows(kron: KronMap, other: KronMap) -> bool:
     if not same_side or (kron.order == "a_first") != (other.order == "a_first"):
         return False
     if kron.a is not None and other.a is not None and kron.order == "a_first":
-        return kron.a.shape == other.a.shape and kron.a.stride() == other.a.stride()
-    return _right_down(kron).stride() == _right_down(other).stride()
+        return kron.a.shape == other.a.shape and _layout(kron.a) == _layout(other.a)
+    return _layout(_right_down(kron)) == _layout(_right_down(other))
+
+
+def _layout(factor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    """What the factors of one launch share."""
+    return factor.stride(), factor.dtype
 
 
 def _right_down(kron: KronMap) -> Tensor:
@@ -160,12 +166,13 @@ def linear(
     base: Tensor | None,
     maps: Sequence[KronMap],
     inners: Sequence[Tensor | None],
+    owns_base: bool = False,
 ) -> Tensor:
     """x Wᵀ + bias + base + Σ up(inner), (M, out); terms beyond one launch's are added to y in place by the next."""
     features = _features(weight, base, maps)
-    y = None
+    y = base if owns_base else None
     if weight is not None and _base_by_torch(x, weight, maps):
-        y, bias = _base_of_torch(x, weight, bias, base)
+        y, bias = _base_of_torch(x, weight, bias, base, owns_base)
         weight = None
     dense: list[DenseTail] = []
     structured: list[StructuredTail] = []
@@ -179,7 +186,7 @@ def linear(
             dense.append(_dense_tail(kron, inner))
         else:
             structured.append(_structured_tail(kron, inner))
-    while y is None or bias is not None or dense or structured:
+    while y is None or weight is not None or bias is not None or dense or structured:
         now, dense = dense[:DENSE_SLOTS], dense[DENSE_SLOTS:]
         tail = structured.pop(0) if structured else None
         y = linear_with_tails(x, weight, bias, base if y is None else y, features, now, tail, out=y)
@@ -191,17 +198,34 @@ def _base_by_torch(x: Tensor, weight: Tensor, maps: Sequence[KronMap]) -> bool:
     """Whether torch's GEMM multiplies x by W."""
     return route.base_by_torch(
         architecture_of(x.device), x.dtype, x.shape[0], weight.shape[0], weight.shape[1],
-        weight.stride(1) != 1, len(maps),
+        weight.stride(1) != 1, len(maps), _tails(maps),
     )  # fmt: skip
 
 
+def _tails(maps: Sequence[KronMap]) -> str:
+    """Kinds of the maps' tails, each once; a fat one's as the GEMM with tails would have it."""
+    return "+".join(sorted({_tail_kind(kron) for kron in maps})) or "none"
+
+
+def _tail_kind(kron: KronMap) -> str:
+    if kron.thin and not _structured_pays(kron):
+        return "dense"
+    if permuted(kron):
+        return "permuted"
+    if kron.order == "b_first":
+        return "mix"
+    first, second = kron.inner
+    return "elementwise" if tuning.elementwise_tail_pays(first, second, kron.right[0]) else "block"
+
+
 def _base_of_torch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, base: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, base: Tensor | None, owns_base: bool
 ) -> tuple[Tensor, Tensor | None]:
     """x Wᵀ + base, or x Wᵀ + bias, of our own memory and contiguous; and the bias, where it is still to be added."""
     if base is None:
         return torch.nn.functional.linear(x, weight, bias), None
-    return torch.addmm(base, x, weight.t()), bias
+    # Out of place torch would copy the base first.
+    return (base.addmm_ if owns_base else base.addmm)(x, weight.t()), bias
 
 
 def in_one_pass(

@@ -30,7 +30,8 @@ class KronMap:
     A is (O1, I1), B is (O2, I2) or b (O2, R) · b_down (R, I2); `in` has I1·I2 features and `out` O1·O2.
     A shuffled side has feature index i2·I1 + i1 instead of i1·I2 + i2. Factors are in the compute dtype where the
     backend asks for that, else in their own, and it casts them as it reads them. `dense_up` is the second product's
-    dense form where the launch of the first has built it beside.
+    dense form where the launch of the first has built it beside; `applied` says whether a second product follows, for
+    which that is worth it.
     """
 
     a: Tensor | None
@@ -44,6 +45,7 @@ class KronMap:
     in_scale: Tensor | None = None
     out_scale: Tensor | None = None
     dense_up: Tensor | None = None
+    applied: bool = True
 
     @classmethod
     def of(cls, term: KronTerm, dtype: torch.dtype | None) -> KronMap:

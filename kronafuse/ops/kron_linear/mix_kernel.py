@@ -24,12 +24,10 @@ from . import reduction_tuning, tuning
 
 
 @triton.jit
-def _load_left(a_ptr, dtype: tl.constexpr, offs_o, O1, mask, i, stride_ao, stride_ai):
-    """[BLOCK_O, BLOCK_I] of A in `dtype`, 0 outside the rows of this A."""
-    inside = ((offs_o >= 0) & (offs_o < O1))[:, None] & mask
-    offsets = offs_o[:, None].to(tl.int64) * stride_ao + i[None, :] * stride_ai
-    # Rounding point 0: a factor of another dtype.
-    return tl.load(a_ptr + offsets, mask=inside, other=0.0).to(dtype)
+def _own_rows(lines, a_ptr, first, offs_o, stride_ao):
+    """`lines`, but the addresses of this A from row `first` on."""
+    own = a_ptr + (offs_o - first).to(tl.int64) * stride_ao
+    return tl.where(offs_o >= first, own, lines)
 
 
 @triton.jit
@@ -96,10 +94,18 @@ def _mix_kernel(
     p_offsets = m * stride_pm + r * stride_pr
     if RUN > 1:
         p_offsets = tl.max_contiguous(tl.multiple_of(p_offsets, RUN), RUN)
+    # Each row has one A: its address is chosen once, so that one tile of the factors is loaded, not one an A.
+    a_lines = a0_ptr + offs_o.to(tl.int64) * stride_ao
+    if a1_ptr is not None:
+        a_lines = _own_rows(a_lines, a1_ptr, O1, offs_o, stride_ao)
+    if a2_ptr is not None:
+        a_lines = _own_rows(a_lines, a2_ptr, 2 * O1, offs_o, stride_ao)
+    if a3_ptr is not None:
+        a_lines = _own_rows(a_lines, a3_ptr, 3 * O1, offs_o, stride_ao)
     acc = tl.zeros([BLOCK_O, BLOCK_J], dtype=tl.float32)
     for i in range(0, I1, BLOCK_I):
         offs_i = i + tl.arange(0, BLOCK_I)
-        a_mask = (offs_i < I1)[None, :]
+        a_mask = (offs_o < COUNT * O1)[:, None] & (offs_i < I1)[None, :]
         p_mask = j_mask[None, :]
         if not EVEN_I:
             p_mask = p_mask & (offs_i < I1)[:, None]
@@ -113,16 +119,9 @@ def _mix_kernel(
             in_scale = tl.load(in_scale_ptr + scale_offsets, mask=p_mask, other=0.0).to(tl.float32)
             # Rounding point 0: the scaled input is rounded as x itself was.
             p_tile = (p_tile.to(tl.float32) * in_scale).to(p_tile.dtype)
-        dtype: tl.constexpr = p_tile.dtype
-        a_tile = _load_left(a0_ptr, dtype, offs_o, O1, a_mask, wide_i, stride_ao, stride_ai)
-        # Each row has one A; the others' tiles are 0 there, so that their sum is exact.
-        if a1_ptr is not None:
-            a_tile += _load_left(a1_ptr, dtype, offs_o - O1, O1, a_mask, wide_i, stride_ao, stride_ai)
-        if a2_ptr is not None:
-            a_tile += _load_left(a2_ptr, dtype, offs_o - 2 * O1, O1, a_mask, wide_i, stride_ao, stride_ai)
-        if a3_ptr is not None:
-            a_tile += _load_left(a3_ptr, dtype, offs_o - 3 * O1, O1, a_mask, wide_i, stride_ao, stride_ai)
-        acc = dot(a_tile, p_tile, acc, PRECISION)
+        a_tile = tl.load(a_lines[:, None] + wide_i[None, :] * stride_ai, mask=a_mask, other=0.0)
+        # Rounding point 0: a factor of another dtype.
+        acc = dot(a_tile.to(p_tile.dtype), p_tile, acc, PRECISION)
     offsets = m * O1 * R + r
     if RUN > 1:
         offsets = tl.max_contiguous(tl.multiple_of(offsets, RUN), RUN)
@@ -155,10 +154,11 @@ def mix_tokens(
     """(M, O1, R) = scale · A (in_scale ⊙ p[m]) for every token and every left factor, from one read of p.
 
     view:     (M, I1, R)  p, in any strides
-    lefts:    up to SLOTS of one shape and one set of strides
+    lefts:    up to SLOTS of one shape, one set of strides and one dtype
     in_scale: (I1, R)     multiplies p
     """
     assert len(lefts) <= SLOTS
+    assert all(each.a.dtype == lefts[0].a.dtype for each in lefts)
     tokens, features, columns = view.shape
     a, count = lefts[0].a, len(lefts)
     outputs = [new_output(view, (tokens, a.shape[0], columns)) for _ in lefts]

@@ -121,7 +121,7 @@ def _one_pass_kernel(
             offs_k = first_k + tl.arange(0, BLOCK_K)
             left, right = i1.to(tl.int64), offs_k.to(tl.int64)
             if DESCRIPTORS:
-                x_tile = x.load([i1, first_m, first_k]).reshape(BLOCK_M, BLOCK_K)
+                x_tile = x.load([first_m, i1, first_k]).reshape(BLOCK_M, BLOCK_K)
             else:
                 x_mask = m_mask[:, None]
                 if not EVEN_K:
@@ -132,7 +132,7 @@ def _one_pass_kernel(
                 if DESCRIPTORS and TRANSPOSED:
                     w_tile = weight.load([i1, first_k, first_n]).reshape(BLOCK_K, BLOCK_N)
                 elif DESCRIPTORS:
-                    w_tile = weight.load([i1, first_n, first_k]).reshape(BLOCK_N, BLOCK_K).T
+                    w_tile = weight.load([first_n, i1, first_k]).reshape(BLOCK_N, BLOCK_K).T
                 else:
                     w_mask = n_mask[None, :]
                     if not EVEN_K:
@@ -296,22 +296,24 @@ def fat_term(x: Tensor, weight: Tensor | None, kron: KronMap, kept: bool) -> Fat
 def _chosen(x: Tensor, weight: Tensor | None, kron: KronMap) -> one_pass_tuning.OnePassConfig:
     term = fat_term(x, weight, kron, kept=False)
     return one_pass_tuning.one_pass_choice(
-        architecture_of(x.device), x.dtype, term.tokens, term.left, term.right, term.weight, term.descriptors
-    )
+        architecture_of(x.device), x.dtype, term.tokens, term.left, term.right, term.weight, term.transposed,
+        term.descriptors,
+    )  # fmt: skip
 
 
 def _describable(x_view: Tensor, w_view: Tensor) -> bool:
     """Whether tensor descriptors can stand for both: 16 bytes apart in all dimensions but one without gaps."""
-    return _aligned(x_view) and _aligned(w_view if w_view.stride(2) == 1 else w_view.transpose(0, 2))
+    return _aligned(x_view) and _aligned(w_view if w_view.stride(2) == 1 else w_view.permute(1, 2, 0))
 
 
 def _aligned(view: Tensor) -> bool:
-    """Whether the last dimension is dense and the others are multiples of 16 bytes that do not overlap."""
+    """Whether the last dimension is dense and the others are multiples of 16 bytes, each beyond those after it."""
     size = view.element_size()
     return (
         view.stride(2) == 1
         and all(view.stride(dimension) * size % 16 == 0 for dimension in (0, 1))
-        and min(view.stride(0), view.stride(1)) >= view.shape[2]
+        and view.stride(1) >= view.shape[2]
+        and view.stride(0) >= (view.shape[1] - 1) * view.stride(1) + view.shape[2]
         and view.data_ptr() % 16 == 0
         and 0 not in view.shape
     )
@@ -322,22 +324,19 @@ def _operands(
 ) -> dict[str, object]:
     """x (M, I1, I2) and W (N, I1, I2) as pointers with strides, or as descriptors of their tiles by i1.
 
-    A descriptor ends a tile at I2: what lies beyond belongs to the next i1 and is read as zero.
+    A descriptor ends a tile at I2: what lies beyond belongs to the next i1 and is read as zero. Its dimensions are in
+    the order of their strides, the largest first, as CUDA's description of tensor maps has them.
     """
     operands: tuple[object, object] = (x_view, w_view)
     if config.descriptors:
         assert w_view is not None
-        x_tiles = TensorDescriptor.from_tensor(
-            x_view.transpose(0, 1), [1, config.block_m, config.block_k]
-        )  # (I1, M, I2)
+        x_tiles = TensorDescriptor.from_tensor(x_view, [config.block_m, 1, config.block_k])
         if transposed:
             w_tiles = TensorDescriptor.from_tensor(
                 w_view.permute(1, 2, 0), [1, config.block_k, config.block_n]
             )  # (I1, I2, N)
         else:
-            w_tiles = TensorDescriptor.from_tensor(
-                w_view.transpose(0, 1), [1, config.block_n, config.block_k]
-            )  # (I1, N, I2)
+            w_tiles = TensorDescriptor.from_tensor(w_view, [config.block_n, 1, config.block_k])
         operands = (x_tiles, w_tiles)
     return {
         "x": operands[0],

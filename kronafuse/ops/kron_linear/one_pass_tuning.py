@@ -137,14 +137,15 @@ def one_pass_choice(
     left: tuple[int, int],
     right: tuple[int, int],
     has_weight: bool,
+    transposed: bool,
     descriptors: bool,
 ) -> OnePassConfig:
-    """The configuration for A (O1, I1) = left and B (O2, I2) = right."""
+    """The configuration for A (O1, I1) = left and B (O2, I2) = right; transposed: whether W's rows have gaps."""
     return tuned.choose(
         "one_pass",
         OnePassConfig,
         architecture,
-        (dtype, tokens, *left, *right, has_weight, descriptors),
+        (dtype, tokens, *left, *right, has_weight, transposed, descriptors),
         lambda: one_pass_config(architecture, dtype, tokens, left, right, has_weight, descriptors),
         (architecture, dtype, left[0], right[0]),
     )
@@ -160,7 +161,7 @@ def one_pass_config(
     has_weight: bool,
     descriptors: bool,
 ) -> OnePassConfig:
-    """The valid configuration of the least predicted time; arguments as in `one_pass_choice`."""
+    """The valid configuration of the least predicted time; arguments as in `one_pass_choice`, W in either layout."""
     sizes = OnePassSizes(tokens, left, right, has_weight)
     return min(
         one_pass_candidates(architecture, dtype, left[0], right[0], descriptors),

@@ -206,11 +206,8 @@ def _reduce(
     target, sums_target = outs[0], sums
     if config.split > 1 or count > 1:
         target = new_output(p, (count, config.split, height, width), torch.float32)
-        for out, partial in zip(outs, target.unbind(), strict=True):
-            stages.add(partial, out, scale)
     if config.split > 1 and sums is not None:
         sums_target = new_output(p, (config.split, height), torch.float32)
-        stages.add(sums_target, sums, scale)
     (along_p, run_p), (along_q, run_q) = row_runs(p), row_runs(q)
     arguments = {
         **slot_arguments("p{}_ptr", ps, SLOTS),
@@ -249,3 +246,8 @@ def _reduce(
         tuning.blocks(count * height, config.block_p) * tuning.blocks(width, config.block_q) * config.split
     )
     launch(_reduce_kernel, programs, p.device, arguments, constants, config.warps, config.stages)
+    if target is not outs[0]:
+        for out, partial in zip(outs, target.unbind(), strict=True):
+            stages.add(partial, out, scale)
+    if sums is not None and sums_target is not None and sums_target is not sums:
+        stages.add(sums_target, sums, scale)

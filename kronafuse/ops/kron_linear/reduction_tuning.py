@@ -18,6 +18,9 @@ from ..kernel_costs import reduce_us, shrink_us
 from ..launch import Architecture
 from .tuning import MINIMUM, SHARED_BYTES, power_of_two, resources
 
+FACTOR_BYTES = 4
+"""Of a factor's element: fp32, in which factors are trained beside 16-bit features. Narrower ones take less."""
+
 
 @dataclass(frozen=True)
 class ShrinkConfig:
@@ -33,8 +36,12 @@ class ShrinkConfig:
 
     def reasons(self, architecture: Architecture, dtype: torch.dtype) -> list[str]:
         """Why this configuration cannot run `dtype` on the architecture; empty where it can."""
-        shared_bytes = self.stages * self.block_k * (self.block_m + self.block_w) * dtype.itemsize
+        shared_bytes = self.stages * self.block_k * self.line_bytes(dtype)
         return resources(architecture, shared_bytes, self.block_m * self.block_w // (32 * self.warps))
+
+    def line_bytes(self, dtype: torch.dtype) -> int:
+        """One k of a step's tiles of x and of the factors."""
+        return self.block_m * dtype.itemsize + self.block_w * FACTOR_BYTES
 
 
 def shrink_choice(
@@ -66,11 +73,16 @@ def shrink_candidates(dtype: torch.dtype, rows: int, width: int, features: int) 
     heights = dict.fromkeys(
         power_of_two(rows, at_most=most) for most in ((32, 16) if single else (64, 32, 16))
     )
-    block_k = power_of_two(features, at_most=32 if single else 64)
+    block_k, limit = power_of_two(features, at_most=32 if single else 64), min(SHARED_BYTES.values())
+    # Wide fp32 factors: three stages of half the step hold as much as there is.
+    while 3 * block_k * (max(heights) * dtype.itemsize + block_w * FACTOR_BYTES) > limit:
+        block_k //= 2
     for block_m, split, (warps, stages) in product(heights, SPLITS, ((4, 3), (4, 4), (8, 3), (4, 2))):
         k_per_split = blocks(blocks(features, block_k), split) * block_k
-        if blocks(features, k_per_split) == split:
-            yield ShrinkConfig(block_m, block_w, block_k, split, k_per_split, warps, stages)
+        config = ShrinkConfig(block_m, block_w, block_k, split, k_per_split, warps, stages)
+        fits = stages * block_k * config.line_bytes(dtype) <= limit
+        if fits and blocks(features, k_per_split) == split:
+            yield config
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,8 @@ class MixConfig:
 
     def reasons(self, architecture: Architecture, dtype: torch.dtype) -> list[str]:
         """Why this configuration cannot run `dtype` on the architecture; empty where it can."""
-        shared_bytes = self.stages * self.block_i * (self.block_o + self.block_j) * dtype.itemsize
+        line_bytes = self.block_o * FACTOR_BYTES + self.block_j * dtype.itemsize
+        shared_bytes = self.stages * self.block_i * line_bytes
         return resources(architecture, shared_bytes, self.block_o * self.block_j // (32 * self.warps))
 
 

@@ -12,19 +12,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from math import gcd
 from typing import ClassVar, NamedTuple
 
 import torch
 
 from ...planner import Order
 from .. import tuned
-from ..kernel_costs import LinearSizes, OnePassSizes, linear_us, mix_us, one_pass_us, shrink_us
+from ..kernel_costs import (
+    LinearSizes,
+    OnePassSizes,
+    block_tail_width,
+    linear_us,
+    mix_us,
+    one_pass_us,
+    shrink_us,
+)
 from ..launch import Architecture
 from . import one_pass_tuning, reduction_tuning, tuning
 
 TORCH_MACS = 1 << 30
-"""Multiply-adds of a base GEMM from which on another launch, and y read and written once more, are small beside it."""
+"""Multiply-adds of an fp32 base GEMM from which on another launch, and y read and written once more, are small."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,10 @@ ONE_PASS, TWO_KERNELS = FatRoute("one_pass"), FatRoute("two_kernels")
 
 @contextmanager
 def forced(*, fat: str | None = None, base: str | None = None) -> Iterator[None]:
-    """Within it these routes are taken wherever they exist; None leaves the choice. ValueError for unknown names."""
+    """Within it these routes are taken wherever they exist; None leaves the choice. ValueError for unknown names.
+
+    It holds for all threads: a backward on a GPU runs in autograd's own.
+    """
     wanted: dict[str, FatRoute | BaseRoute] = {}
     if fat is not None:
         wanted["fat_route"] = FatRoute(fat)
@@ -83,19 +93,22 @@ def base_by_torch(
     in_features: int,
     transposed: bool,
     terms: int,
+    tails: str,
 ) -> bool:
     """Whether torch's GEMM multiplies x by W (features, in_features), beside this number of terms.
 
-    The rule: from TORCH_MACS on, where nothing is fused (no terms), and in fp32, whose products our kernel does without
-    tensor cores, or for tf32 in tiles too small for them. Elsewhere the fused kernel: a y written and read once more
-    would cost a third of a 1280-wide base GEMM, by bytes and FLOPs.
+    tails: kinds of the terms' tails, as in "block+dense", which leave the fused kernel different tiles; "none" without
+
+    The rule: where nothing is fused (no terms), one launch either way; and from TORCH_MACS on in fp32, whose products
+    our kernel does without tensor cores, or for tf32 in tiles too small for them. Elsewhere the fused kernel: a y
+    written and read once more would cost a third of a 1280-wide base GEMM, by bytes and FLOPs.
     """
 
     def rule() -> BaseRoute:
         large = tokens * features * in_features >= TORCH_MACS
-        return TORCH if large and (terms == 0 or dtype == torch.float32) else FUSED
+        return TORCH if terms == 0 or (large and dtype == torch.float32) else FUSED
 
-    sizes = (dtype, tokens, features, in_features, transposed, terms)
+    sizes = (dtype, tokens, features, in_features, transposed, terms, tails)
     return tuned.choose("base_route", BaseRoute, architecture, sizes, rule).form == "torch"
 
 
@@ -128,7 +141,8 @@ def in_one_pass(architecture: Architecture, dtype: torch.dtype, term: FatTerm) -
         return ONE_PASS if one_pass < two_kernels else TWO_KERNELS
 
     sizes = (
-        dtype, term.tokens, *term.left, *term.right, term.order, term.weight, term.descriptors, term.kept
+        dtype, term.tokens, *term.left, *term.right, term.order, term.weight, term.transposed, term.descriptors,
+        term.kept,
     )  # fmt: skip
     return tuned.choose("fat_route", FatRoute, architecture, sizes, rule).form == "one_pass"
 
@@ -162,9 +176,7 @@ def _two_kernels_us(architecture: Architecture, dtype: torch.dtype, term: FatTer
         architecture, dtype, tokens, o1 * o2, in_features, term.transposed, i2 if by_blocks else 0,
         accumulators, term.plain_descriptors,
     )  # fmt: skip
-    # The groups of O2 features that tiles touch, on average: they start at multiples of BLOCK_N.
-    groups = min(o1, 1 + (config.block_n - gcd(config.block_n, o2)) / o2)
-    tail = round(groups * i2) if by_blocks else 0
+    tail = block_tail_width(config.block_n, o1, o2, i2) if by_blocks else 0
     multiply_adds = 0 if by_blocks else i2 if term.order == "a_first" else i1
     sizes = LinearSizes(tokens, o1 * o2, in_features, tail, multiply_adds, not term.weight)
     time_us = linear_us(architecture, dtype, sizes, config)

@@ -39,16 +39,10 @@ def _store_columns(acc, t_ptr, scale, scale_ptr, first, width, row, row_mask, of
 
 
 @triton.jit
-def _load_down(
-    d_ptr, dtype: tl.constexpr, columns, width, k, end, stride_dw, stride_dk, EVEN_K: tl.constexpr
-):
-    """[BLOCK_K, BLOCK_W] of Dᵀ in `dtype`, 0 outside the columns of this map."""
-    inside = ((columns >= 0) & (columns < width))[None, :]
-    if not EVEN_K:
-        inside = inside & (k < end)[:, None]
-    offsets = columns.to(tl.int64)[None, :] * stride_dw + k.to(tl.int64)[:, None] * stride_dk
-    # Rounding point 0: a factor of another dtype.
-    return tl.load(d_ptr + offsets, mask=inside, other=0.0).to(dtype)
+def _own_columns(lines, d_ptr, first, offs_w, stride_dw):
+    """`lines`, but the addresses of this map's D from column `first` on."""
+    own = d_ptr + (offs_w - first).to(tl.int64) * stride_dw
+    return tl.where(offs_w >= first, own, lines)
 
 
 @triton.jit
@@ -114,6 +108,14 @@ def _shrink_tile(
     if RUN > 1:
         x_lines = tl.multiple_of(x_lines, RUN)
     x_rows = x_ptr + x_lines
+    # Each column has one D: its address is chosen once, so that one tile of the factors is loaded, not one a map.
+    d_lines = d0_ptr + offs_w.to(tl.int64) * stride_dw
+    if d1_ptr is not None:
+        d_lines = _own_columns(d_lines, d1_ptr, first1, offs_w, stride_dw)
+    if d2_ptr is not None:
+        d_lines = _own_columns(d_lines, d2_ptr, first2, offs_w, stride_dw)
+    if d3_ptr is not None:
+        d_lines = _own_columns(d_lines, d3_ptr, first3, offs_w, stride_dw)
     begin = pid_split * k_per_split
     end = tl.minimum(begin + k_per_split, K)
     acc = tl.zeros([BLOCK_M, BLOCK_W], dtype=tl.float32)
@@ -128,26 +130,16 @@ def _shrink_tile(
             in_scale = tl.load(in_scale_ptr + scale_offsets, mask=x_mask, other=0.0).to(tl.float32)
             # Rounding point 0: the scaled input is rounded as x itself was.
             x_tile = (x_tile.to(tl.float32) * in_scale).to(x_tile.dtype)
-        dtype: tl.constexpr = x_tile.dtype
-        d_tile = _load_down(d0_ptr, dtype, offs_w, width0, offs_k, end, stride_dw, stride_dk, EVEN_K)
-        # Each column has one D; the others' tiles are 0 there, so that their sum is exact.
-        if d1_ptr is not None:
-            d_tile += _load_down(
-                d1_ptr, dtype, offs_w - first1, width1, offs_k, end, stride_dw, stride_dk, EVEN_K
-            )
-        if d2_ptr is not None:
-            d_tile += _load_down(
-                d2_ptr, dtype, offs_w - first2, width2, offs_k, end, stride_dw, stride_dk, EVEN_K
-            )
-        if d3_ptr is not None:
-            d_tile += _load_down(
-                d3_ptr, dtype, offs_w - first3, width3, offs_k, end, stride_dw, stride_dk, EVEN_K
-            )
-        acc = dot(x_tile, d_tile, acc, PRECISION)
+        d_mask = (offs_w < W)[None, :]
+        if not EVEN_K:
+            d_mask = d_mask & (offs_k < end)[:, None]
+        d_tile = tl.load(d_lines[None, :] + offs_k[:, None].to(tl.int64) * stride_dk, mask=d_mask, other=0.0)
+        # Rounding point 0: a factor of another dtype.
+        acc = dot(x_tile, d_tile.to(x_tile.dtype), acc, PRECISION)
     if SPLIT > 1:
         # Partial sums: of each T on its own, (SPLIT, rows, width), one T after the other.
         line = pid_split.to(tl.int64) * rows + row
-        step = SPLIT * rows.to(tl.int64)
+        step = tl.full([], SPLIT, tl.int64) * rows
         _store_columns(acc, partial_ptr, 1.0, None, 0, width0, line, row_mask, offs_w)
         if t1_ptr is not None:
             _store_columns(
@@ -282,12 +274,13 @@ def shrink_rows(
     """T[i] (M, G·width[i]) = scale[i] · (in_scale ⊙ x) D[i]ᵀ, from one read of x.
 
     view:     (M, G, K)  x, in any strides
-    downs:    up to SLOTS, their D in the same strides
+    downs:    up to SLOTS, their D in the same strides and dtype
     in_scale: (G, K)     multiplies x
     ups:      maps whose L is built beside, as `Beside` has them
     config:   None for the one that `tuning` chooses
     """
     assert len(downs) <= SLOTS
+    assert all(each.d.dtype == downs[0].d.dtype for each in downs)
     tokens, group, features = view.shape
     rows, total = tokens * group, sum(each.width for each in downs)
     stride_dw, stride_dk = downs[0].d.stride()

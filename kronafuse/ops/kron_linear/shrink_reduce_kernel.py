@@ -286,7 +286,6 @@ def shrink_reduce_rows(
     target = out
     if config.split > 1:
         target = new_output(view, (config.split, features, width), torch.float32)
-        stages.add(target, out, 1.0)
     features_first, run = row_runs(view)
     along_o, run_o = _common_runs(q, t)
     beside = Beside(ups, view.dtype)
@@ -334,4 +333,6 @@ def shrink_reduce_rows(
     programs = tuning.blocks(width, config.block_o) * config.split + beside.programs
     launch(_shrink_reduce_kernel, programs, view.device, arguments, constants, config.warps, config.stages)
     beside.keep()
+    if target is not out:
+        stages.add(target, out, 1.0)
     return out

@@ -16,13 +16,16 @@ SLOTS = 4
 """Sums that one launch finishes."""
 TILE, MOST_SPLITS = 4096, 256
 """Partial sums that a program holds, and at most so many of one element: their loads are all under way together."""
+WAITING_BYTES = 64 << 20
+"""Partial sums that wait for others to share a launch with."""
 
 
 @triton.jit
 def _sum_block(
-    partial_ptr, out_ptr, scale, scale_ptr, split, elements, block, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr
+    partial_ptr, out_ptr, scale, scale_ptr, split, elements, block, BLOCK_S: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Elements block·BLOCK_E … of one output."""
+    """Elements block·TILE/BLOCK_S … of one output."""
+    BLOCK_E: tl.constexpr = TILE // BLOCK_S
     index = block.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask = index < elements
     acc = tl.zeros([BLOCK_E], dtype=tl.float32)
@@ -64,27 +67,30 @@ def _sum_kernel(
     elements1,
     elements2,
     elements3,
-    BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK_S0: tl.constexpr,
+    BLOCK_S1: tl.constexpr,
+    BLOCK_S2: tl.constexpr,
+    BLOCK_S3: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     block = tl.program_id(0)
-    blocks = tl.cdiv(elements0, BLOCK_E)
+    blocks = tl.cdiv(elements0, TILE // BLOCK_S0)
     if block < blocks:
-        _sum_block(partial0_ptr, out0_ptr, scale0, scale0_ptr, split0, elements0, block, BLOCK_S, BLOCK_E)
+        _sum_block(partial0_ptr, out0_ptr, scale0, scale0_ptr, split0, elements0, block, BLOCK_S0, TILE)
     if partial1_ptr is not None:
         block -= blocks
-        blocks = tl.cdiv(elements1, BLOCK_E)
+        blocks = tl.cdiv(elements1, TILE // BLOCK_S1)
         if (block >= 0) & (block < blocks):
-            _sum_block(partial1_ptr, out1_ptr, scale1, scale1_ptr, split1, elements1, block, BLOCK_S, BLOCK_E)
+            _sum_block(partial1_ptr, out1_ptr, scale1, scale1_ptr, split1, elements1, block, BLOCK_S1, TILE)
     if partial2_ptr is not None:
         block -= blocks
-        blocks = tl.cdiv(elements2, BLOCK_E)
+        blocks = tl.cdiv(elements2, TILE // BLOCK_S2)
         if (block >= 0) & (block < blocks):
-            _sum_block(partial2_ptr, out2_ptr, scale2, scale2_ptr, split2, elements2, block, BLOCK_S, BLOCK_E)
+            _sum_block(partial2_ptr, out2_ptr, scale2, scale2_ptr, split2, elements2, block, BLOCK_S2, TILE)
     if partial3_ptr is not None:
         block -= blocks
         if block >= 0:
-            _sum_block(partial3_ptr, out3_ptr, scale3, scale3_ptr, split3, elements3, block, BLOCK_S, BLOCK_E)
+            _sum_block(partial3_ptr, out3_ptr, scale3, scale3_ptr, split3, elements3, block, BLOCK_S3, TILE)
 
 
 class PartialSum(NamedTuple):
@@ -104,16 +110,25 @@ class SecondStages:
 
     def __init__(self) -> None:
         self._pending: list[PartialSum] = []
+        self._waiting_bytes = 0
 
     def add(self, partial: Tensor, out: Tensor, scale: float | Tensor) -> None:
-        """Adds one sum, as `PartialSum` has it."""
+        """Adds one sum, as `PartialSum` has it; with too many bytes of partial sums, those so far are finished."""
         self._pending.append(PartialSum(partial, out, scale))
+        self._waiting_bytes += partial.nbytes
+        if self._waiting_bytes > WAITING_BYTES:
+            self.finish()
 
     def finish(self) -> None:
         """Writes every output that was added."""
         for start in range(0, len(self._pending), SLOTS):
             sum_partials(self._pending[start : start + SLOTS])
-        self._pending = []
+        self._pending, self._waiting_bytes = [], 0
+
+
+def block_splits(split: int) -> int:
+    """How many partial sums of an element are added at a time: by their number alone, whatever shares the launch."""
+    return min(MOST_SPLITS, 1 << (split - 1).bit_length())
 
 
 def sum_partials(sums: list[PartialSum]) -> None:
@@ -125,8 +140,7 @@ def sum_partials(sums: list[PartialSum]) -> None:
         assert partial.is_contiguous()
         assert out.is_contiguous()
         assert partial.numel() == split * size
-    block_s = min(MOST_SPLITS, 1 << (max(splits) - 1).bit_length())
-    block_e = TILE // block_s
+    blocks_s = [block_splits(split) for split in splits]
     arguments = {
         **slot_arguments("partial{}_ptr", partials, SLOTS),
         **slot_arguments("out{}_ptr", outs, SLOTS),
@@ -134,6 +148,8 @@ def sum_partials(sums: list[PartialSum]) -> None:
         **slot_arguments("split{}", splits, SLOTS, 0),
         **slot_arguments("elements{}", elements, SLOTS, 0),
     }
-    programs = sum(tuning.blocks(size, block_e) for size in elements)
-    constants = {"BLOCK_S": block_s, "BLOCK_E": block_e}
+    programs = sum(
+        tuning.blocks(size, TILE // block_s) for size, block_s in zip(elements, blocks_s, strict=True)
+    )
+    constants = {**slot_arguments("BLOCK_S{}", blocks_s, SLOTS, 1), "TILE": TILE}
     launch(_sum_kernel, programs, sums[0].out.device, arguments, constants, 4, 1)
