@@ -125,7 +125,7 @@ def test_small_tiles_do_without_wgmma():
 @pytest.mark.parametrize("kernel", ["linear", "one_pass"])
 @pytest.mark.parametrize("capability", PEAKS)
 def test_registers_as_compiled(capability, kernel):
-    """The estimate behind how many programs a multiprocessor holds: as compiled, to 32 in the median."""
+    """The estimate behind how many programs a multiprocessor holds: as compiled, to 40 in the median."""
     architecture = Architecture(capability, PEAKS[capability].multiprocessors)
     errors = []
     for row in read_csv(csv_path(RECORDED, capability, "bf16")):
@@ -139,7 +139,7 @@ def test_registers_as_compiled(capability, kernel):
             estimate = costs.registers_of(architecture, values, 32 * int(row["warps"]))
             errors.append(int(row["registers"]) - estimate)
     assert len(errors) >= 15
-    assert abs(median(errors)) <= 32, errors
+    assert abs(median(errors)) <= 40, errors
 
 
 def configuration(row: dict[str, str]) -> list[tuple[str, str, str]]:
