@@ -89,6 +89,8 @@ def execute(job: Job, run: Run, folder: Path, threads: int) -> str:
     try:
         metrics = checked_metrics(job.run({**run.settings, **run.config}, folder), run)
     except (Exception, SystemExit) as error:  # Ray would take SystemExit for a dead worker and start again
+        if getattr(error, "ray_terminate_msg", None) is not None:
+            raise  # Ray ends this worker: the run did not fail, and is started again
         lines = "".join(traceback.format_exception(error))
         text = f"exit code {error.code!r}" if isinstance(error, SystemExit) else str(error)
         record = failure(run, f"{type(error).__name__}: {text}", lines)

@@ -329,6 +329,20 @@ def test_figures_are_checked() -> None:
             checked_metrics(metrics, run)
 
 
+def test_a_worker_that_ray_ends_leaves_no_failure(tmp_path: Path) -> None:
+    """Ray ends a worker by a SystemExit with its own message; the run is to be started again."""
+    ended = SystemExit(1)
+    ended.ray_terminate_msg = "The process receives a SIGTERM."  # type: ignore[attr-defined]
+
+    def run_once(config: Any, folder: Path) -> dict[str, float]:
+        raise ended
+
+    run = Run("lora-1", {"family": "lora", "seed": 0}, {})
+    with pytest.raises(SystemExit):
+        execute(Job("ended", run_once), run, tmp_path, 1)
+    assert not record_path(tmp_path, run.id).exists()
+
+
 def test_a_finished_record_is_never_written_again(tmp_path: Path) -> None:
     """As when a worker is killed between its record and its answer, and Ray starts the run again."""
     (tmp_path / "runs").mkdir()
