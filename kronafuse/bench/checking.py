@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from ..testing.accuracy import assert_accurate, errors
 from .arms.arm import Arm, Built
 from .problems import Expected, Problem, expected
+from .profiling import profiled
 from .records import Accuracy
 
 TRUTH_TOKENS = 512
@@ -22,10 +21,6 @@ OFF = 0.05
 """A baseline whose RMS error is a larger part of the truth's RMS computes something else."""
 MOST_KERNELS = 12
 """Names that a row lists."""
-
-
-KINETO = "KINETO_LOG_LEVEL"
-"""Environment variable of torch's profiler; below 6 it reports its every start on stderr."""
 
 
 class WrongArm(AssertionError):
@@ -166,28 +161,10 @@ class Seen:
 
 def observe(step: Callable[[], object], device: torch.device) -> Seen:
     """Profiles one call, after one that warms up."""
-    os.environ.setdefault(KINETO, "6")
     step()
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-        torch.cuda.synchronize(device)
-    with profile(activities=activities) as profiler:
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    averages = profiler.key_averages()
-    # Ranges that a library marks (`record_function`) are listed beside the kernels inside them.
-    on_device = [
-        each
-        for each in averages
-        if each.device_type.name != "CPU" and not getattr(each, "is_user_annotation", False)
-    ]
-    operators = [each for each in averages if each.device_type.name == "CPU" and "::" in each.key]
-    kernels = sorted(on_device, key=lambda each: -each.self_device_time_total)
-    operators.sort(key=lambda each: -each.self_cpu_time_total)
-    launches = sum(each.count for each in kernels) if device.type == "cuda" else None
-    return Seen(tuple(each.key for each in operators), tuple(each.key for each in kernels), launches)
+    operators, kernels = profiled(step, device)
+    launches = sum(kernels.values()) if device.type == "cuda" else None
+    return Seen(tuple(operators), tuple(kernels), launches)
 
 
 def require_evidence(arm: Arm, seen: Seen) -> None:

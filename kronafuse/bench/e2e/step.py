@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..profiling import profiled
 from ..records import Form
 from .arms import Adapted, StepArm, adapted_layers
 from .configs import StepModel
@@ -107,7 +108,7 @@ def _graph_breaks() -> Iterator[Counter[str]]:
 
 def _proof(arm: StepArm, step: Callable[[], object], device: torch.device) -> str:
     """What the profiler saw of the arm's operators in a step. RuntimeError where it saw none."""
-    operators, kernels = seen(step, device)
+    operators, kernels = profiled(step, device)
     assert arm.operator is not None
     own = {name: count for name, count in operators.items() if name.startswith(arm.operator)}
     if not own:
@@ -125,27 +126,10 @@ def _proof(arm: StepArm, step: Callable[[], object], device: torch.device) -> st
 
 def _counted(operator: str, step: Callable[[], object], device: torch.device, layers: int) -> str:
     """How often a step ran a library's own operators, which serve some layers and leave others to torch."""
-    operators, _ = seen(step, device)
+    operators, _ = profiled(step, device)
     own = {name: count for name, count in operators.items() if name.startswith(operator)}
     counts = ", ".join(f"{name} ×{count}" for name, count in own.items()) or f"no operator of {operator}"
     return f"a step over {layers} adapted layers ran {counts}"
-
-
-def seen(step: Callable[[], object], device: torch.device) -> tuple[Counter[str], Counter[str]]:
-    """Operators and, on a GPU, kernels of one step, counted by name."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    operators: Counter[str] = Counter()
-    kernels: Counter[str] = Counter()
-    for event in profile.events() or ():
-        on_gpu = event.device_type.name == "CUDA"
-        (kernels if on_gpu else operators)[event.name] += 1
-    return operators, kernels
 
 
 @contextmanager
