@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ... import backends, checks
-from .. import triton_reasons
+from .. import cpu_reasons, cuda_reasons, triton_reasons
 from ..calls import runs_directly
-from . import eager
+from . import eager, native_cuda
 from .eager import dense_factors, kron_blocks, wide_dtype
 
 torch.library.define(
     "kronafuse::kron_merge",
-    "(Tensor weight, Tensor? a, Tensor b, Tensor? b_down, Tensor scale, bool shuffled) -> Tensor",
+    "(Tensor weight, Tensor? a, Tensor b, Tensor? b_down, Tensor scale, bool shuffled, str impl) -> Tensor",
 )
 
 
@@ -25,7 +25,15 @@ def _load_triton() -> Any:
     return kernels
 
 
+def _load_cpu() -> Any:
+    from . import native_cpu
+
+    return native_cpu
+
+
 IMPLEMENTATIONS = (
+    backends.Implementation("cpu", cpu_reasons.reasons, _load_cpu),
+    backends.Implementation("cuda", native_cuda.reasons, lambda: native_cuda, cuda_reasons.UNMEASURED),
     backends.Implementation("triton", triton_reasons.reasons, _load_triton),
     backends.Implementation("eager", backends.never, lambda: eager),
 )
@@ -33,16 +41,28 @@ IMPLEMENTATIONS = (
 
 
 def _merge(
-    weight: Tensor, a: Tensor | None, b: Tensor, b_down: Tensor | None, scale: Tensor, shuffled: bool
+    weight: Tensor,
+    a: Tensor | None,
+    b: Tensor,
+    b_down: Tensor | None,
+    scale: Tensor,
+    shuffled: bool,
+    impl: str,
 ) -> Tensor:
     checks.check_merge("kron_merge", weight, a, b, b_down)
-    chosen = backends.choose("kron_merge", IMPLEMENTATIONS, "auto", weight.device, weight.dtype)
+    chosen = backends.choose("kron_merge", IMPLEMENTATIONS, impl, weight.device, weight.dtype)
     with torch.autocast(weight.device.type, enabled=False):
         return chosen.load().merge(weight, a, b, b_down, scale, shuffled)
 
 
 def _merge_fake(
-    weight: Tensor, a: Tensor | None, b: Tensor, b_down: Tensor | None, scale: Tensor, shuffled: bool
+    weight: Tensor,
+    a: Tensor | None,
+    b: Tensor,
+    b_down: Tensor | None,
+    scale: Tensor,
+    shuffled: bool,
+    impl: str,
 ) -> Tensor:
     checks.check_merge("kron_merge", weight, a, b, b_down)
     return weight.new_empty(weight.shape)
@@ -74,6 +94,22 @@ def kron_merge(
     Returns (N, K), contiguous, in the weight's dtype; differentiable in all tensors. Autocast changes nothing.
     Raises ValueError (shapes), TypeError (dtypes).
     """
+    return merge_by("auto", weight, a, b, b_down, scale, shuffled)
+
+
+def merge_by(
+    impl: str,
+    weight: Tensor,
+    a: Tensor | None,
+    b: Tensor,
+    b_down: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    shuffled: bool = False,
+) -> Tensor:
+    """`kron_merge` by an implementation's name: "eager", "cpu", "triton" or "cuda".
+
+    Raises NotImplementedError with the reasons where it cannot serve.
+    """
     checks.check_merge("kron_merge", weight, a, b, b_down)
     checks.check_scale("kron_merge", scale, weight)
     checks.check_shuffled("kron_merge", shuffled)
@@ -81,26 +117,32 @@ def kron_merge(
         scale = weight.new_ones((), dtype=wide_dtype(weight)) * scale
     tensors = (weight, a, b, b_down, scale)
     if runs_directly(tensors):
-        return _kron_merge(*tensors, shuffled)
-    return _KronMerge.apply(*tensors, shuffled)
+        return _kron_merge(*tensors, shuffled, impl)
+    return _KronMerge.apply(*tensors, shuffled, impl)
 
 
 class _KronMerge(torch.autograd.Function):
     @staticmethod
     def forward(
-        weight: Tensor, a: Tensor | None, b: Tensor, b_down: Tensor | None, scale: Tensor, shuffled: bool
+        weight: Tensor,
+        a: Tensor | None,
+        b: Tensor,
+        b_down: Tensor | None,
+        scale: Tensor,
+        shuffled: bool,
+        impl: str,
     ) -> Tensor:
-        return _kron_merge(weight, a, b, b_down, scale, shuffled)
+        return _kron_merge(weight, a, b, b_down, scale, shuffled, impl)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, *factors, ctx.shuffled = inputs
+        _, *factors, ctx.shuffled, _ = inputs
         ctx.save_for_backward(*factors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        need_weight, need_a, need_b, need_b_down, need_scale, _ = ctx.needs_input_grad
+        need_weight, need_a, need_b, need_b_down, need_scale, _, _ = ctx.needs_input_grad
         da = db = db_down = dscale = None
         if need_a or need_b or need_b_down or need_scale:
             a, b, b_down, scale = ctx.saved_tensors
@@ -118,4 +160,4 @@ class _KronMerge(torch.autograd.Function):
                         db_down = (b.to(wide).t() @ db).to(b_down.dtype) if need_b_down else None
                         db = db @ b_down.to(wide).t()
                     db = db.to(b.dtype) if need_b else None
-        return grad if need_weight else None, da, db, db_down, dscale, None
+        return grad if need_weight else None, da, db, db_down, dscale, None, None
