@@ -16,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from .best import by_problem, fastest_of_ours, mean_of, no_slower, same_basis, times_faster
+from .cpu_targets import auto_takes
 from .records import Results, Row
 from .targets import targets
 
@@ -92,8 +93,9 @@ def _layers(results: Results) -> list[str]:
         ["layer", "tokens", "dtype", "mode", "adapters", "ours / einsum: mean", "least", "most", "slower"]
     )
     groups: dict[tuple[str, int, str, str], list[tuple[Row, Row]]] = {}
+    taken = auto_takes if results.machine.gpu is None else fastest_of_ours
     for (suite, case, _batch, tokens, dtype, mode), arms in by_problem(results.rows).items():
-        ours, chain = fastest_of_ours(arms), arms.get("einsum")
+        ours, chain = taken(arms), arms.get("einsum")
         if suite == "kron_linear" and ours is not None and chain is not None and same_basis(ours, chain):
             layer = case.rsplit("-", 1)[0]
             groups.setdefault((layer, tokens, dtype, mode), []).append((ours, chain))

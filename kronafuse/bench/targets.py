@@ -2,18 +2,20 @@
 
 On CUDA the figures are of device time by graph replay in bfloat16, over cases whose frozen layer takes at least
 `LONG_US`; a smaller one may instead take the launches it makes, each as long as an empty one, and a tenth more.
-On a CPU they are of wall time.
+On a CPU they are of wall time: `cpu_targets`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..testing.bottleneck_cases import CASES as BOTTLENECK_CASES
 from ..testing.cases import CASES
-from .best import Problem, by_problem, fastest_of_ours, mean_of, no_slower, same_basis, times_faster
-from .records import NOT_COVERED, Ceilings, Results, Row, Verdict
+from .best import Problem, by_problem, no_slower, same_basis, times_faster
+from .cpu_targets import cpu_targets
+from .promises import Target, at_least, at_most, every, known, mean_within, verdict_of, with_failures
+from .records import NOT_COVERED, Ceilings, Results, Row
 
 LONG_US = 15.0
 LAUNCH_SLACK = 1.1
@@ -30,23 +32,9 @@ HOST_US = 15.0
 """Host time of our CUDA implementation beyond the frozen layer's, with gradients."""
 COPY_SHARE, NARROW, BOTTLENECK_FASTER = 0.75, 160, 2.0
 """Of the copy bandwidth, forward, at widths up to NARROW; times faster than eager, forward and backward."""
-CPU_FASTER = {"sdxl_1280-krona_64x4": 2.0, "sdxl_1280-lokr_f8": 1.5}
-CPU_TOKENS = 2048
-"""Case -> times faster than PEFT LoKr, forward and backward in float32 at so many tokens."""
 
 Arms = Mapping[str, Row]
 Measured = Mapping[Problem, Arms]
-
-
-@dataclass(frozen=True)
-class Target:
-    """One promise: its limit in words, the figure, over how many cases, and whether it is kept."""
-
-    name: str
-    limit: str
-    figure: str
-    cases: int
-    verdict: Verdict
 
 
 def targets(results: Results) -> list[Target]:
@@ -57,7 +45,7 @@ def targets(results: Results) -> list[Target]:
     measured = by_problem(results.rows)
     failed = [row for row in results.rows if _has_failed(row)]
     if results.machine.gpu is None:
-        return _cpu(measured, failed)
+        return cpu_targets(measured, failed)
     found = []
     for impl in dict.fromkeys(row.impl for row in results.rows if row.impl in ("triton", "cuda")):
         found += _cuda(measured, f"ours_{impl}", results.ceilings, failed)
@@ -67,17 +55,6 @@ def targets(results: Results) -> list[Target]:
 def _has_failed(row: Row) -> bool:
     """Whether it is ours and has no figures, though nothing was said against the case."""
     return row.impl is not None and row.error is not None and not row.error.startswith(NOT_COVERED)
-
-
-def _with_failures(target: Target, failed: Iterable[Row]) -> Target:
-    """The target with the cases that failed: it is not met."""
-    count = len(list(failed))
-    if not count:
-        return target
-    figure = f"{target.cases} of {target.cases + count}, {count} failed"
-    if target.figure:
-        figure = f"{target.figure}; {figure}"
-    return replace(target, figure=figure, verdict="missed")
 
 
 def lines(results: Results) -> list[str]:
@@ -101,23 +78,23 @@ def _judged(row: Row, arms: Arms, ceilings: Ceilings | None) -> Row:
         chain = arms.get("chain" if row.suite == "bottleneck" else "einsum")
         if chain is None or row.arm == chain.arm or not same_basis(row, chain):
             return row
-        return replace(row, target="no slower than the chain", verdict=_verdict(no_slower(row, chain)))
+        return replace(row, target="no slower than the chain", verdict=verdict_of(no_slower(row, chain)))
     if row.suite == "bottleneck":
         return _judged_bottleneck(row, ceilings)
     limit = TO_FROZEN[bool(row.thin), row.mode]
     if row.ratio_to_frozen is None:
         return row
     met = row.ratio_to_frozen <= limit or within_launches(row, arms, ceilings)
-    return replace(row, target=f"≤ {limit} × frozen", verdict=_verdict(met))
+    return replace(row, target=f"≤ {limit} × frozen", verdict=verdict_of(met))
 
 
 def _judged_bottleneck(row: Row, ceilings: Ceilings | None) -> Row:
     share = copy_share(row, ceilings)
     if row.mode == "forward_backward" and row.ratio_to_chain is not None:
         met = row.ratio_to_chain <= 1 / BOTTLENECK_FASTER
-        return replace(row, target=f"≥ {BOTTLENECK_FASTER} × eager", verdict=_verdict(met))
+        return replace(row, target=f"≥ {BOTTLENECK_FASTER} × eager", verdict=verdict_of(met))
     if row.mode == "forward" and share is not None and _narrow(row):
-        return replace(row, target=f"≥ {COPY_SHARE:.0%} of copy", verdict=_verdict(share >= COPY_SHARE))
+        return replace(row, target=f"≥ {COPY_SHARE:.0%} of copy", verdict=verdict_of(share >= COPY_SHARE))
     return row
 
 
@@ -147,38 +124,6 @@ def _narrow(row: Row) -> bool:
     return case is not None and case.width <= NARROW
 
 
-def _verdict(met: bool) -> Verdict:
-    return "met" if met else "missed"
-
-
-def _at_most(name: str, limit: float, ratios: Sequence[float], unit: str = "") -> Target:
-    """The geometric mean against its largest allowed value."""
-    return _mean(name, f"at most {limit}{unit}", ratios, lambda mean: mean <= limit)
-
-
-def _at_least(name: str, limit: float, ratios: Sequence[float]) -> Target:
-    return _mean(name, f"at least {limit} times faster", ratios, lambda mean: mean >= limit)
-
-
-def _mean(name: str, limit: str, ratios: Sequence[float], keeps: Callable[[float], bool]) -> Target:
-    mean = mean_of(ratios)
-    if mean is None:
-        return Target(name, limit, "", 0, "not measured")
-    figure = f"geometric mean {mean:.3g}, {min(ratios):.3g} to {max(ratios):.3g}"
-    return Target(name, limit, figure, len(ratios), _verdict(keeps(mean)))
-
-
-def _every(
-    name: str, limit: str, values: Sequence[float], keeps: Callable[[float], bool], unit: str
-) -> Target:
-    """What must hold of each case."""
-    if not values:
-        return Target(name, limit, "", 0, "not measured")
-    kept = sum(map(keeps, values))
-    figure = f"{kept} of {len(values)} within, {min(values):.3g} to {max(values):.3g}{unit}"
-    return Target(name, limit, figure, len(values), _verdict(kept == len(values)))
-
-
 def _cuda(measured: Measured, arm: str, ceilings: Ceilings | None, failed: Sequence[Row]) -> list[Target]:
     found = []
     failed = [row for row in failed if row.arm == arm and row.dtype == "bfloat16"]
@@ -196,20 +141,20 @@ def _cuda(measured: Measured, arm: str, ceilings: Ceilings | None, failed: Seque
             arms[arm].ratio_to_frozen for arms in long if (arms[arm].thin, arms[arm].mode) == (thin, mode)
         ]
         kind = "thin" if thin else "fat"
-        target = _at_most(f"{arm}, {kind}, {mode}", limit, _known(ratios), " × frozen")
+        target = at_most(f"{arm}, {kind}, {mode}", limit, known(ratios), " × frozen")
         without = [row for row in broken if (row.thin, row.mode) == (thin, mode)]
-        found.append(_with_failures(target, without))
+        found.append(with_failures(target, without))
     training = [arms for arms in long if arms[arm].mode == "forward_backward"]
     lycoris = [ratio for arms in training if (ratio := _faster(arms, arm, LYCORIS_ARMS)) is not None]
     for target in (
-        _at_least(f"{arm}, LyCORIS' best mode, forward_backward", FASTER_THAN_LYCORIS, lycoris),
-        _every(f"{arm}, LyCORIS' best mode, each case", "no slower", lycoris, lambda r: r >= 1, " ×"),
+        at_least(f"{arm}, LyCORIS' best mode, forward_backward", FASTER_THAN_LYCORIS, lycoris),
+        every(f"{arm}, LyCORIS' best mode, each case", "no slower", lycoris, lambda r: r >= 1, " ×"),
     ):
-        found.append(_with_failures(target, broken_lokr))
+        found.append(with_failures(target, broken_lokr))
     for other, limit in (("peft_lokr_autocast", FASTER_THAN_AUTOCAST), ("peft_lokr", FASTER_THAN_PEFT)):
         ratios = [_faster(arms, arm, (other,)) for arms in training]
-        target = _at_least(f"{arm}, {other}, forward_backward", limit, _known(ratios))
-        found.append(_with_failures(target, broken_lokr))
+        target = at_least(f"{arm}, {other}, forward_backward", limit, known(ratios))
+        found.append(with_failures(target, broken_lokr))
     small = [
         arms
         for (suite, *_, dtype, _mode), arms in measured.items()
@@ -221,7 +166,7 @@ def _cuda(measured: Measured, arm: str, ceilings: Ceilings | None, failed: Seque
     ]
     shares = [share for arms in small if (share := _launch_share(arms[arm], ceilings)) is not None]
     found.append(
-        _every(
+        every(
             f"{arm}, frozen layer below {LONG_US:.0f} µs", f"at most {LAUNCH_SLACK} × its launches", shares,
             lambda share: share <= LAUNCH_SLACK, " ×",
         )
@@ -229,13 +174,13 @@ def _cuda(measured: Measured, arm: str, ceilings: Ceilings | None, failed: Seque
     if arm == "ours_cuda":
         host = [_host_beyond(arms, arm) for arms in (*long, *small) if arms[arm].mode == "forward_backward"]
         found.append(
-            _every(
-                f"{arm}, host time beyond frozen", f"at most {HOST_US:.0f} µs", _known(host),
+            every(
+                f"{arm}, host time beyond frozen", f"at most {HOST_US:.0f} µs", known(host),
                 lambda spent: spent <= HOST_US, " µs",
             )
         )  # fmt: skip
     broken_forward = [row for row in broken if row.mode == "forward"]
-    found.append(_with_failures(_memory(long, arm), broken_forward))
+    found.append(with_failures(_memory(long, arm), broken_forward))
     return found + _cuda_bottleneck(measured, arm, ceilings, failed)
 
 
@@ -259,17 +204,17 @@ def _cuda_bottleneck(
     shares = [copy_share(row, ceilings) for row in rows if row.mode == "forward"]
     ratios = [row.ratio_to_chain for row in rows if row.mode == "forward_backward"]
     found = [
-        _mean(
-            f"{arm}, bottleneck, forward", f"at least {COPY_SHARE:.0%} of the copy bandwidth", _known(shares),
+        mean_within(
+            f"{arm}, bottleneck, forward", f"at least {COPY_SHARE:.0%} of the copy bandwidth", known(shares),
             lambda mean: mean >= COPY_SHARE,
         ),
-        _at_least(
+        at_least(
             f"{arm}, bottleneck, eager chain, forward_backward", BOTTLENECK_FASTER,
-            [1 / ratio for ratio in _known(ratios)],
+            [1 / ratio for ratio in known(ratios)],
         ),
     ]  # fmt: skip
     return [
-        _with_failures(target, (row for row in failed if row.mode == mode))
+        with_failures(target, (row for row in failed if row.mode == mode))
         for target, mode in zip(found, ("forward", "forward_backward"), strict=True)
     ]
 
@@ -286,7 +231,7 @@ def _memory(long: Sequence[Arms], arm: str) -> Target:
         forbidden = dense if row.thin else min(dense, y)
         thin_t = row.tokens * min(256, case.shape.k // 4) * size if row.thin else 0
         shares.append(max(0.0, row.peak_bytes - y - thin_t) / forbidden)
-    return _every(
+    return every(
         f"{arm}, memory beyond y, forward",
         "no N×K, nothing M×N",
         shares,
@@ -314,48 +259,3 @@ def _faster(arms: Arms, arm: str, others: Sequence[str]) -> float | None:
         if other in arms and same_basis(arms[arm], arms[other])
     ]
     return min(ratios, default=None)
-
-
-def _known(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
-
-
-def _cpu(measured: Measured, failed: Sequence[Row]) -> list[Target]:
-    found = []
-    for suites, chain, what in (
-        (("kron_linear", "kron_linear_group"), "einsum", "adapted layers"),
-        (("bottleneck",), "chain", "bottlenecks"),
-    ):
-        pairs = [
-            (ours, arms[chain])
-            for (suite, *_), arms in measured.items()
-            if suite in suites and chain in arms and (ours := fastest_of_ours(arms)) is not None
-        ]
-        ratios = [1 / times_faster(ours, other) for ours, other in pairs]
-        slower = sum(not no_slower(ours, other) for ours, other in pairs)
-        limit = (
-            "nowhere slower than the best eager order"
-            if chain == "einsum"
-            else "nowhere slower than the chain"
-        )
-        figure = f"slower on {slower}, ratios {min(ratios):.2f} to {max(ratios):.2f}" if pairs else ""
-        verdict: Verdict = _verdict(slower == 0) if pairs else "not measured"
-        target = Target(f"ours, {what}", limit, figure, len(pairs), verdict)
-        found.append(_with_failures(target, (row for row in failed if row.suite in suites)))
-    for case, limit in CPU_FASTER.items():
-        rows = [
-            arms
-            for (suite, name, _batch, tokens, dtype, mode), arms in measured.items()
-            if (suite, name, tokens, dtype, mode)
-            == ("kron_linear", case, CPU_TOKENS, "float32", "forward_backward")
-        ]
-        ratios = [
-            times_faster(ours, arms["peft_lokr"])
-            for arms in rows
-            if "peft_lokr" in arms and (ours := fastest_of_ours(arms)) is not None
-        ]
-        target = _at_least(f"ours, PEFT LoKr, {case}, {CPU_TOKENS} tokens", limit, ratios)
-        asked = ("kron_linear", case, CPU_TOKENS, "float32", "forward_backward")
-        without = (row for row in failed if (row.suite, row.case, row.tokens, row.dtype, row.mode) == asked)
-        found.append(_with_failures(target, without))
-    return found

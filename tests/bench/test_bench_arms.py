@@ -64,7 +64,7 @@ def covering(spec: Spec) -> list[Arm]:
 def test_arms_compute_the_case(case, suite, mode):
     spec = spec_of(case, mode, suite)
     arms = covering(spec)
-    expected = {"frozen", "peft_lora_r16", "einsum", "merge_gemm", "ours_eager"}
+    expected = {"frozen", "peft_lora_r16", "einsum", "merge_gemm", "ours_eager", "ours_cpu"}
     if case.has_a and not case.shuffled:
         expected |= {"peft_lokr", "lycoris_rebuild", "lycoris_bypass"}
     if case.name.startswith("thin") and (suite, mode) == ("kron_linear", "forward"):
@@ -91,7 +91,7 @@ def test_arms_compute_the_case_in_16_bits():
 def test_arms_compute_the_bottleneck(mode):
     spec = spec_of(NARROW, mode)
     arms, checks = covering(spec), Checks(spec.make())
-    assert [arm.name for arm in arms] == ["chain", "minimal", "ours_eager"]
+    assert [arm.name for arm in arms] == ["chain", "minimal", "ours_eager", "ours_cpu"]
     for arm in arms:
         checked = checks.check(arm)
         assert checked.accuracy.y_rms < 1e-5

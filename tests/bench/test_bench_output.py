@@ -153,7 +153,7 @@ def test_markdown_tables(results):
     steps = table_of("steps", {}, results)
     assert steps[2] == "| `sd15` | 1 | eager | ours_krona | 20 | 1.10 | 1.07 | 12,345 |"
     assert "OutOfMemoryError: no room" in steps[3]
-    assert len(table_of("targets", {}, results)) == 6
+    assert len(table_of("targets", {}, results)) == 10
 
 
 def test_the_table_of_layers_counts_what_is_slower(results):

@@ -148,7 +148,9 @@ def cpu_case(times: dict[str, float], spread: float = 0.01, **changes) -> list[R
     row = Row("kron_linear", "sdxl_1280-krona_64x4", 1, 2048, "float32", "forward_backward", "")
     row = replace(row, **changes)
     return [
-        replace(row, arm=arm, impl="eager" if arm == "ours_eager" else None, wall_us=at(time, spread))
+        replace(
+            row, arm=arm, impl=arm.removeprefix("ours_") if "ours" in arm else None, wall_us=at(time, spread)
+        )
         for arm, time in times.items()
     ]
 
@@ -181,6 +183,39 @@ def test_on_a_cpu_ours_must_be_faster_than_peft():
     fat = "ours, PEFT LoKr, sdxl_1280-lokr_f8, 2048 tokens"
     assert verdicts(on_cpu(cpu_case({**times, "peft_lokr": 151.0}, case="sdxl_1280-lokr_f8")))[fat] == "met"
     assert any(line.startswith("target met: ours, PEFT LoKr") for line in lines(on_cpu(cpu_case(times))))
+
+
+def test_on_a_cpu_the_one_that_auto_takes_is_judged():
+    times = {"einsum": 100.0, "ours_eager": 90.0, "ours_cpu": 110.0}
+    assert verdicts(on_cpu(cpu_case(times)))["ours, adapted layers"] == "missed"
+    assert verdicts(on_cpu(cpu_case({**times, "ours_cpu": 95.0})))["ours, adapted layers"] == "met"
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "limit"),
+    [
+        ("sdxl_1280-krona_64x4", "float32", 115.0),
+        ("sdxl_1280-krona_64x4", "bfloat16", 150.0),
+        ("sdxl_1280-lokr_f8", "float32", 135.0),
+        ("sdxl_1280-lokr_f8", "bfloat16", 200.0),
+    ],
+)
+def test_on_a_cpu_the_native_one_must_stay_near_the_frozen_layer(case, dtype, limit):
+    name = f"ours_cpu, {case}, {dtype}, 2048 tokens"
+
+    def found(time: float, **changes) -> str:
+        times = {"frozen": 100.0, "ours_eager": 100.0, "ours_cpu": time}
+        return verdicts(on_cpu(cpu_case(times, case=case, dtype=dtype, **changes)))[name]
+
+    assert found(limit - 1) == "met"
+    assert found(limit + 1) == "missed"
+    assert found(limit - 1, mode="forward") == "not measured"
+    assert found(limit - 1, tokens=1024) == "not measured"
+    broken = [
+        replace(row, error="wrong", wall_us=None) if row.arm == "ours_cpu" else row
+        for row in cpu_case({"frozen": 100.0, "ours_cpu": limit - 1}, case=case, dtype=dtype)
+    ]
+    assert verdicts(on_cpu(broken))[name] == "missed"
 
 
 def test_errors_are_no_figures():

@@ -221,12 +221,16 @@ def test_the_real_parts_and_their_reasons():
     assert set(reasons().values()) == {()}
     assert reasons(has_cuda=False, has_sanitizer=False) == {
         "tests": ("no CUDA device",),
+        "native": ("no CUDA device",),
         "core": (),
         "tune": ("no CUDA device",),
         "sanitizer": ("no CUDA device", "compute-sanitizer is not on PATH"),
     }
     assert reasons(tests=None)["tests"] == (
         "the tests are not here: run it in the repository, or pass --tests",
+    )
+    assert reasons(native=("libkronafuse_cuda.so is not built",))["native"] == (
+        "libkronafuse_cuda.so is not built",
     )
     assert reasons(has_pytest=False)["sanitizer"] == ("pytest is not installed",)
 
@@ -378,4 +382,8 @@ def test_the_sanitizers_tests_exist():
     names = [line for line in found.stdout.splitlines() if "::" in line]
     assert any("test_triton.py::test_op[" in each for each in names)
     assert any("test_bottleneck_triton.py::" in each for each in names)
-    assert len(names) <= 60
+    for name in ("test_kron_linear.py", "test_bottleneck.py"):
+        assert any(name in each and each.endswith("-cuda]") for each in names)
+    assert len(names) <= 100
+    tools = [each.words[2] for each in real.sanitizer_commands(root / "tests")]
+    assert tools == ["memcheck", "racecheck", "initcheck", "synccheck"]

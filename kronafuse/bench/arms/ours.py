@@ -27,6 +27,8 @@ def _reasons(impl: str, spec: Spec) -> list[str]:
     )
     if not reasons and impl == "triton" and triton_interprets():
         reasons = ["kernels run in Triton's interpreter, whose speed says nothing"]
+    if not reasons and impl == "cuda" and spec.device.type == "cpu":
+        reasons = ["kernels are emulated on the CPU, whose speed says nothing"]
     return reasons
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ...native import cuda_reasons
 from ..records import Mode
 from ..selection import SETS
 from .run import Command, Part
@@ -24,18 +25,29 @@ from .run import Command, Part
 ROUND_SECONDS = 540.0
 """The longest round: 9 minutes."""
 
-BUDGETS = {"tests": 110.0, "tune": 90.0, "core": 250.0, "sanitizer": 60.0}
+BUDGETS = {"tests": 95.0, "native": 45.0, "tune": 75.0, "core": 195.0, "sanitizer": 100.0}
 """Seconds of each part in a whole round, in the order in which they run."""
 
 TEST_FOLDERS = ("ops", "models", "bench")
 """Under the tests' folder: the operators, adapters on small models, and the timers."""
 
+NATIVE_TESTS = "native/test_cuda_*.py"
+"""The tests of the CUDA library's own operators."""
+
 LIBRARIES = ("peft", "lycoris", "diffusers", "transformers")
 """Of baselines and models, by import name: without one, arms and tests are left out."""
 
-SANITIZER_TESTS = ("ops/test_triton.py", "ops/test_bottleneck_triton.py")
-SANITIZER_CASES = "test_op and float16 and chosen or test_every_element_is_written and float16"
-"""Each operator's whole forward and backward on the small cases, in one dtype."""
+SANITIZER_TESTS = (
+    "ops/test_triton.py", "ops/test_bottleneck_triton.py", "ops/test_kron_linear.py", "ops/test_bottleneck.py",
+)  # fmt: skip
+SANITIZER_CASES = (
+    "test_op and float16 and chosen or test_every_element_is_written and float16 "
+    "or test_odd_cases and bfloat16-cuda"
+)
+"""Each operator's whole forward and backward on the small cases: Triton's kernels in one dtype, those in CUDA C++ in
+the other, where the library is there."""
+
+SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 SANITIZER_PROBE = Command(
     ("compute-sanitizer", sys.executable, "-c", "import torch; torch.zeros(1, device='cuda').add_(1).item()"),
@@ -77,6 +89,7 @@ class Box:
     tests:   the folder of the tests, or None where there is none
     workers: processes that the tests are spread over; 1 without pytest-xdist
     absent:  libraries that are not installed
+    native:  reasons why the CUDA library cannot run
     """
 
     has_cuda: bool
@@ -85,6 +98,7 @@ class Box:
     has_sanitizer: bool
     workers: int = 1
     absent: tuple[str, ...] = ()
+    native: tuple[str, ...] = ()
 
     @classmethod
     def here(cls, tests: Path | None) -> Box:
@@ -96,6 +110,7 @@ class Box:
             has_sanitizer=shutil.which("compute-sanitizer") is not None,
             workers=_workers(),
             absent=tuple(each for each in LIBRARIES if importlib.util.find_spec(each) is None),
+            native=tuple(cuda_reasons(torch.device("cuda"))) if torch.cuda.is_available() else (),
         )
 
 
@@ -114,6 +129,7 @@ def parts_of(box: Box) -> list[Part]:
     """The parts of a round on this machine, in order."""
     reasons = {
         "tests": (*_no_cuda(box), *_no_tests(box)),
+        "native": (*_no_cuda(box), *box.native, *_no_tests(box)),
         "core": (),
         "tune": _no_cuda(box),
         "sanitizer": (
@@ -124,6 +140,7 @@ def parts_of(box: Box) -> list[Part]:
     }
     commands: dict[str, Callable[[Path, float], Sequence[Command]]] = {
         "tests": lambda folder, _seconds: test_commands(_tests_of(box), folder, box.workers),
+        "native": lambda folder, _seconds: native_commands(_tests_of(box), folder, box.workers),
         "core": lambda folder, seconds: core_commands(folder, seconds, has_cuda=box.has_cuda),
         "tune": tune_commands,
         "sanitizer": lambda _folder, _seconds: sanitizer_commands(_tests_of(box)),
@@ -147,6 +164,13 @@ def test_commands(tests: Path, folder: Path, workers: int) -> list[Command]:
             "tests_ops.log",
         ),
     ]
+
+
+def native_commands(tests: Path, folder: Path, workers: int) -> list[Command]:
+    """The tests of the CUDA library's operators, on the GPU."""
+    words = (*PYTEST, *(("-n", str(workers)) if workers > 1 else ()))
+    paths = map(str, sorted(tests.glob(NATIVE_TESTS)))
+    return [Command((*words, *paths, "--junitxml", str(folder / "tests_native.xml")), "tests_native.log")]
 
 
 def tune_commands(folder: Path, seconds: float) -> list[Command]:
@@ -182,27 +206,20 @@ def _told(seconds: float) -> str:
 
 
 def sanitizer_commands(tests: Path) -> list[Command]:
-    """compute-sanitizer's memcheck and racecheck over the operators' small cases."""
+    """compute-sanitizer's tools over the operators' small cases."""
     paths = [str(tests / each) for each in SANITIZER_TESTS]
     return [
         Command(
             (
-                "compute-sanitizer",
-                "--tool",
-                tool,
-                "--error-exitcode",
-                "1",
-                *PYTEST,
-                *paths,
-                "-k",
-                SANITIZER_CASES,
+                "compute-sanitizer", "--tool", tool, "--error-exitcode", "1",
+                *PYTEST, *paths, "-k", SANITIZER_CASES,
             ),
             f"sanitizer_{tool}.log",
             # Without torch's cache every tensor is an allocation of its own, so reads past its end are seen.
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )
-        for tool in ("memcheck", "racecheck")
-    ]
+        for tool in SANITIZER_TOOLS
+    ]  # fmt: skip
 
 
 def _tests_of(box: Box) -> Path:
