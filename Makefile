@@ -5,15 +5,31 @@ TRITON_LOWEST := .cache/triton-3.6.0
 AOT_TRITONS := $(if $(filter Linux,$(shell uname -s)),$(TRITON_LOWEST)/.installed)
 # The build runs in the environment itself, so that the pinned versions are the ones it sees.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+WHEEL := $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation
+# Without a GPU to run them one instance of each CUDA kernel template says whether it compiles and what it takes.
+INSTANCES := $(if $(KRONAFUSE_CUDA_INSTANCES),$(KRONAFUSE_CUDA_INSTANCES),$(if $(shell nvidia-smi -L 2>/dev/null),all,one))
+SOURCES := $(shell find csrc -type f -not -name '*.pyc')
 
-.PHONY: demo test test-full test-gpu aot check fix wheel clean
+.PHONY: demo test test-full test-gpu aot native emulated check fix wheel clean
 .DEFAULT_GOAL := test
 
-$(VENV)/.installed: constraints.txt pyproject.toml setup.py
+$(VENV)/.installed: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) setuptools wheel
+	$(INSTALL) setuptools wheel ninja
 	$(INSTALL) torch
-	$(INSTALL) --no-build-isolation -e '.[dev]'
+	KRONAFUSE_BUILD_CUDA=0 $(INSTALL) --no-build-isolation -e '.[dev]'
+	touch $@
+
+# The libraries of csrc into the package: what changed is compiled again, with what the machine has.
+native: $(VENV)/.native
+$(VENV)/.native: $(VENV)/.installed setup.py $(SOURCES)
+	KRONAFUSE_CUDA_INSTANCES=$(INSTANCES) $(BIN)/python setup.py --quiet build_native --inplace build_ext --inplace
+	touch $@
+
+# The CUDA kernels compiled for the host, for tests without a GPU; on Linux, where there is a compiler.
+emulated: $(VENV)/.emulated
+$(VENV)/.emulated: $(VENV)/.installed $(SOURCES)
+	if [ "$$(uname -s)" = Linux ] && command -v $${CXX:-g++} > /dev/null; then $(BIN)/python -m csrc.rules emulated; fi
 	touch $@
 
 # The main job on real data: adapts a small diffusion model to digits it has never seen.
@@ -21,10 +37,10 @@ demo: $(VENV)/.installed
 	$(BIN)/kronafuse demo
 
 # What CI runs.
-test: $(VENV)/.installed $(AOT_TRITONS)
+test: $(VENV)/.native $(VENV)/.emulated $(AOT_TRITONS)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-full: $(VENV)/.installed $(AOT_TRITONS)
+test-full: $(VENV)/.native $(VENV)/.emulated $(AOT_TRITONS)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Kernels compiled for every architecture: a set of each kernel with both Tritons, all configurations with the pinned one.
@@ -32,23 +48,28 @@ aot: $(VENV)/.installed $(AOT_TRITONS)
 	$(BIN)/python -m pytest tests/ops/test_aot.py
 
 # On a machine with a GPU: the tests that need one, then the operators again under compute-sanitizer.
-test-gpu: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/ops
+test-gpu: $(VENV)/.native
+	$(BIN)/python -m pytest tests/ops tests/native
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest tests/ops -m "not slow" -k triton
+	for tool in memcheck racecheck initcheck synccheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(BIN)/python -m pytest tests/ops tests/native -m "not slow" -k cuda || exit 1; \
+	done
 
 # Read-only: lint, format, types, and that the wheel builds.
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(MAKE) wheel
+	KRONAFUSE_BUILD_CUDA=0 $(WHEEL) --wheel-dir build/check .
 
 fix: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# For this platform and every Python, with all instances of the CUDA kernels where nvcc is found.
 wheel: $(VENV)/.installed
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(WHEEL) --wheel-dir dist .
 
 # The oldest Triton that the kernels must compile with, beside the one in the environment. It exists for Linux.
 $(TRITON_LOWEST)/.installed: | $(VENV)/.installed
@@ -57,4 +78,4 @@ $(TRITON_LOWEST)/.installed: | $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf build dist runs .cache *.egg-info
+	rm -rf build dist runs .cache *.egg-info kronafuse/lib kronafuse/_C.*.so $(VENV)/.native $(VENV)/.emulated

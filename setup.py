@@ -1,5 +1,4 @@
-"""Build entry point; everything that setuptools needs to know stands in pyproject.toml."""
-
+from csrc.rules.commands import arguments
 from setuptools import setup
 
-setup()
+setup(**arguments())

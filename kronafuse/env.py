@@ -11,6 +11,8 @@ import torch
 
 TRITON_INTERPRET = "TRITON_INTERPRET"
 """Environment variable under which Triton runs kernels on the CPU, one NumPy operation at a time."""
+EMULATED = "KRONAFUSE_EMULATED"
+"""Environment variable under which the CUDA kernels, compiled for the host, serve CPU tensors."""
 
 
 @cache
@@ -35,6 +37,19 @@ def triton_interprets() -> bool:
 
 
 @cache
+def emulates_cuda() -> bool:
+    """Whether `impl="cuda"` serves CPU tensors by emulation: read once."""
+    return os.environ.get(EMULATED, "0") == "1"
+
+
+@cache
 def cuda_capability(index: int) -> tuple[int, int]:
     """Compute capability of a CUDA device, as (9, 0)."""
     return torch.cuda.get_device_capability(index)
+
+
+@cache
+def cuda_driver() -> tuple[int, int]:
+    """The newest CUDA that the installed driver knows, as (13, 0)."""
+    version = torch._C._cuda_getDriverVersion()
+    return version // 1000, version % 1000 // 10

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .. import env
 from ..version import VERSION
+from . import doctor_native
 
 LIBRARIES = (
     "torch", "triton", "safetensors", "diffusers", "transformers", "accelerate", "peft", "lycoris-lora",
@@ -19,12 +20,14 @@ LIBRARIES = (
 
 
 def doctor() -> None:
-    """Show versions, devices, and which implementations can run here and why the others cannot."""
+    """Show versions, devices, compiled libraries, and which implementations can run here and why the others cannot."""
     from .. import available_impls
 
     console = Console()
     console.print(versions())
     console.print(devices())
+    for table in doctor_native.tables():
+        console.print(table)
     table = Table("implementation", "here", title="Implementations")
     for name, reasons in available_impls().items():
         table.add_row(name, "; ".join(reasons) if reasons else "runs")

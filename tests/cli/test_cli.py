@@ -16,7 +16,8 @@ import kronafuse
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from kronafuse import cli, formats
+from kronafuse import cli, formats, native
+from kronafuse.cli import doctor_native
 from kronafuse.cli.app import app
 from kronafuse.train.checkpoint import checkpoints
 from PIL import Image
@@ -110,12 +111,32 @@ def test_without_diffusers_names_the_extra(monkeypatch: pytest.MonkeyPatch, argu
     )
 
 
-def test_doctor() -> None:
+def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     result = invoke("doctor")
     assert result.exit_code == 0, result.output
     for name in ("torch", "triton", "diffusers", "peft", "cpu", *kronafuse.available_impls()):
         assert name in result.stdout
     assert torch.__version__.split("+")[0] in result.stdout
+    for name in (native.CPU, native.CUDA, "kronafuse._C"):
+        assert name in result.stdout
+
+
+def test_doctor_without_native_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what is missing and why, and shows no tables of kernels that it does not know."""
+    record = {
+        "cpu": {"built": False, "reason": "no C++ compiler"},
+        "cuda": {"built": False, "reason": "no nvcc"},
+    }
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(doctor_native, "introspection", lambda: None)
+    monkeypatch.setattr(native, "build_record", lambda: record)
+    monkeypatch.setattr(native, "cpu_reasons", lambda: ["libkronafuse_cpu.so is not built: no C++ compiler"])
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.output
+    assert "no C++ compiler" in result.stdout
+    assert "not built for this Python" in result.stdout
+    assert "CUDA configurations" not in result.stdout
 
 
 def test_demo_smoke_writes_everything(demo_folder: Path, base: Path) -> None:

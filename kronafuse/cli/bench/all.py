@@ -16,7 +16,7 @@ def all_parts(
         Path, typer.Option(help="Folder for logs and results; FOLDER.tar.gz is made of it at the end.")
     ],
     only: Annotated[
-        str | None, typer.Option(help="Parts, separated by commas: tests, core, tune, sanitizer.")
+        str | None, typer.Option(help="Parts, separated by commas: tests, native, core, tune, sanitizer.")
     ] = None,
     tests: Annotated[
         Path | None, typer.Option(help="Folder of the tests; the current folder's by default.")

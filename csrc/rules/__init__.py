@@ -1,0 +1,1 @@
+"""How csrc becomes libraries: setup.py and `python -m csrc.rules` share these rules. Standard library only."""
