@@ -21,7 +21,10 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	touch $@
 
 # The libraries of csrc into the package: what changed is compiled again, with what the machine has.
-native: $(VENV)/.native
+# `make native` looks again, so that it sees other switches; what tests need is made anew when a source changed.
+native:
+	rm -f $(VENV)/.native
+	$(MAKE) --no-print-directory $(VENV)/.native
 $(VENV)/.native: $(VENV)/.installed setup.py $(SOURCES)
 	KRONAFUSE_CUDA_INSTANCES=$(INSTANCES) $(BIN)/python setup.py --quiet build_native --inplace build_ext --inplace
 	touch $@

@@ -19,11 +19,13 @@ class Implementation:
 
     `reasons(device, dtype)` is empty where the implementation can serve tensors of that device and dtype.
     `load()` imports and returns what the op calls; it runs once, at first use.
+    `unmeasured` says, of an implementation that no measurement has compared yet, why `auto` passes it by.
     """
 
     name: str
     reasons: Callable[[torch.device, torch.dtype], Reasons]
     load: Callable[[], Any]
+    unmeasured: str | None = None
 
 
 def never(_device: torch.device, _dtype: torch.dtype) -> Reasons:
@@ -44,7 +46,7 @@ def choose(
     """The implementation that runs this call.
 
     A named one runs or raises NotImplementedError with its reasons. `auto` takes the first of `AUTO` without
-    reasons; reaching `eager` on a GPU warns once, with the reasons of those before it.
+    reasons and measured; reaching `eager` on a GPU warns once, with the reasons of those before it.
     """
     by_name = {each.name: each for each in implementations}
     if impl != "auto":
@@ -61,17 +63,22 @@ def choose(
     against: list[str] = []
     for name in AUTO.get(device.type, ("eager",)):
         candidate = by_name.get(name)
-        reasons = (
-            [f"{op} has no {name!r} implementation yet"]
-            if candidate is None
-            else candidate.reasons(device, dtype)
-        )
+        reasons = _against(op, name, candidate, device, dtype)
         if candidate is not None and not reasons:
             if name == "eager" and device.type == "cuda":
                 _warn_eager(op, "; ".join(against))
             return candidate
         against += [f"{name}: {reason}" for reason in reasons]
     raise NotImplementedError(f"{op}: no implementation serves {device} in {dtype}: {'; '.join(against)}")
+
+
+def _against(
+    op: str, name: str, candidate: Implementation | None, device: torch.device, dtype: torch.dtype
+) -> Reasons:
+    """Why `auto` does not take it."""
+    if candidate is None:
+        return [f"{op} has no {name!r} implementation yet"]
+    return candidate.reasons(device, dtype) or [each for each in (candidate.unmeasured,) if each is not None]
 
 
 @cache

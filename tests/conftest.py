@@ -1,4 +1,7 @@
-"""Without a CUDA device Triton kernels run in its interpreter; Triton reads the variable when it is imported."""
+"""Without a CUDA device Triton kernels run in its interpreter and those of csrc/cuda in their emulation.
+
+Both variables are read when the packages are imported or first asked.
+"""
 
 import os
 
@@ -7,6 +10,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["KRONAFUSE_EMULATED"] = "1"
     # One thread a test process: the suite runs in several.
     torch.set_num_threads(1)
 

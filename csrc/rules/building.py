@@ -42,8 +42,12 @@ def build(folder: Path, switches: Switches) -> None:
     is left out, and the record, `kronafuse doctor` and the operators' own errors give the reason.
     """
     entries, kernels = {}, []
-    for key, asked in (("cpu", switches.cpu), ("cuda", switches.cuda)):
-        reason = refusal(key, switches)
+    asked = {"cpu": switches.cpu, "cuda": switches.cuda}
+    reasons = {key: refusal(key, switches) for key in NAMES}
+    for key, reason in reasons.items():
+        if reason is not None and asked[key] == "1":
+            raise BuildError(refused(key, reason))
+    for key, reason in reasons.items():
         if reason is None:
             try:
                 library = build_one(key, switches, folder)
@@ -54,13 +58,17 @@ def build(folder: Path, switches: Switches) -> None:
                 entries[key] = record.built(library, switches)
                 kernels += record.kernel_usages(library)
         if reason is not None:
-            if asked == "1":
-                raise BuildError(f"{NAMES[key]} was asked for and cannot be built: {reason}")
+            if asked[key] == "1":
+                raise BuildError(refused(key, reason))
             (folder / NAMES[key]).unlink(missing_ok=True)
             entries[key] = record.absent(reason)
         print(f"kronafuse: {NAMES[key]} {described(entries[key])}", flush=True)
     record.write(entries, folder)
     record.write_table(record_folder(folder) / TABLE, entries, kernels)
+
+
+def refused(key: str, reason: str) -> str:
+    return f"{NAMES[key]} was asked for and cannot be built: {reason}"
 
 
 def build_one(key: str, switches: Switches, folder: Path, verbose: bool = False) -> libraries.Library:

@@ -42,6 +42,9 @@ class build_native(Command):
     def run(self) -> None:
         for extension in self.distribution.ext_modules or ():
             extension.include_dirs.insert(0, str(building.record_folder(self.folder)))
+        if not self.distribution.ext_modules:
+            for module in self.folder.parent.glob("_C.*.so"):  # what an earlier build knew is not so any more
+                module.unlink()
         try:
             building.build(self.folder, Switches.read())
         except (BuildError, SwitchError) as error:
@@ -109,7 +112,6 @@ def introspection() -> Extension:
             str(toolchain.torch().include),
         ],
         extra_compile_args=["-std=c++17", "-O1", "-g0", "-fvisibility=hidden"],
-        depends=[str(path) for path in sorted(CSRC.glob("**/*configs.h"))],
         optional=True,
     )
 

@@ -194,7 +194,10 @@ def install(library: Library, folder: Path = LIBRARIES) -> Path:
     """The library's copy in the package, replaced at once for whoever loads it meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
     target, scratch = folder / library.file.name, folder / f".{library.file.name}.{os.getpid()}"
-    shutil.copyfile(library.file, scratch)
-    scratch.chmod(0o755)
-    os.replace(scratch, target)
+    try:
+        shutil.copyfile(library.file, scratch)
+        scratch.chmod(0o755)
+        os.replace(scratch, target)
+    finally:
+        scratch.unlink(missing_ok=True)
     return target

@@ -58,10 +58,11 @@ class NinjaFile:
         )
 
     def link(self, library: Path, objects: Sequence[Path], command: Sequence[str | Path]) -> None:
-        """One library from objects."""
+        """One library from objects, linked beside its place and renamed: there is never half of one."""
         name = f"link_{len(self.lines)}"
+        shell = f"{_command(command).replace('$out', '$out.part')} && mv -f $out.part $out"
         self.lines.append(
-            f"rule {name}\n  command = {_command(command)}\n  description = {library.name}\n"
+            f"rule {name}\n  command = {shell}\n  description = {library.name}\n"
             f"build {_path(library)}: {name} {' '.join(_path(each) for each in objects)}\n"
         )
 

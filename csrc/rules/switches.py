@@ -61,9 +61,10 @@ def _archs(text: str | None) -> tuple[str, ...] | None:
         return None
     archs = tuple(re.split(r"[;,\s]+", text.strip()))
     for arch in archs:
-        if not re.fullmatch(r"\d{2,3}a?", arch):
+        if not re.fullmatch(r"[89]\d|1\d\d|90a", arch):
             raise SwitchError(
-                f"{CUDA_ARCHS} must be compute capabilities without a dot, as '80;90a'; got {text!r}"
+                f"{CUDA_ARCHS} must be compute capabilities from 80 on without a dot, as '80;90a', "
+                f"of which 90a alone has a letter; got {text!r}"
             )
     return tuple(dict.fromkeys(archs))
 

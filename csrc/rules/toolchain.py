@@ -66,14 +66,18 @@ def cxx() -> Cxx:
     raise Missing(f"no C++ compiler was found ({named or 'g++, clang++'} on PATH; CXX names another)")
 
 
+OLDEST_NVCC = (12, 5)
+"""The first whose run time finds the driver's functions by version (cudaGetDriverEntryPointByVersion)."""
+
+
 @cache
 def nvcc() -> Nvcc:
-    """The nvcc of CUDA_HOME, else the one on PATH, else the one under /usr/local/cuda."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    places = [*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    """The nvcc of CUDA_HOME where that is set, else the one on PATH, else the one under /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = (f"{home}/bin/nvcc",) if home else ("nvcc", "/usr/local/cuda/bin/nvcc")
     path = next((found for place in places if (found := shutil.which(place))), None)
     if path is None:
-        raise Missing("nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)")
+        raise Missing(f"nvcc was not found ({places[0] if home else 'CUDA_HOME, PATH, /usr/local/cuda'})")
     try:
         release = re.search(r"V(\d+\.\d+\.\d+)", output(path, "--version"))
         listed = output(path, "--list-gpu-arch")
@@ -84,21 +88,22 @@ def nvcc() -> Nvcc:
     top = re.search(r"^#\$ TOP=(.+)$", dry_run, re.M)
     if release is None or top is None:
         raise Missing(f"{path} does not say its version or where its toolkit lies")
+    if tuple(int(part) for part in release[1].split(".")[:2]) < OLDEST_NVCC:
+        raise Missing(f"nvcc must be 12.5 or later; {path} is {release[1]}")
     archs = tuple(re.findall(r"compute_(\d+)", listed))
     return Nvcc(path, release[1], archs, Path(top[1]).resolve())
 
 
 @cache
 def ninja() -> str:
-    """ninja of the environment, else the one on PATH."""
-    beside = Path(sys.executable).parent / "ninja"
-    if beside.is_file():
-        return str(beside)
+    """ninja of the environment, else the one on PATH, where pip's build isolation has its own."""
+    places = [str(Path(sys.executable).parent / "ninja")]
     if importlib.util.find_spec("ninja") is not None:
         from ninja import BIN_DIR  # pyright: ignore[reportMissingImports]
 
-        return str(Path(BIN_DIR) / "ninja")
-    path = shutil.which("ninja")
+        places += [f"{BIN_DIR}/ninja"] if BIN_DIR else []  # that of `pip install --user`
+    places.append("ninja")
+    path = next((found for place in places if (found := shutil.which(place))), None)
     if path is None:
         raise Missing("ninja was not found: pip install ninja")
     return path
@@ -125,7 +130,7 @@ def torch() -> Torch:
     """torch of the running Python, found without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise Missing("torch is not in the build's environment: pip install with --no-build-isolation")
+        raise Missing(f"torch is not installed where the build runs ({sys.executable})")
     folder = Path(spec.origin).parent
     found = re.search(r"__version__ = '([^']+)'", (folder / "version.py").read_text())
     version = found[1] if found else "0"

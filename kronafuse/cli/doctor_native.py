@@ -14,21 +14,23 @@ from .. import native
 
 def tables() -> list[Table]:
     """The libraries, and, where the introspection module was built for this Python, what it knows of the kernels."""
-    module = introspection()
+    module, reason = introspection()
     if module is None:
-        return [libraries(None)]
+        return [libraries(None, reason)]
     return [libraries(module), kernels(module), configurations(module)]
 
 
-def introspection() -> Any | None:
-    """kronafuse._C, or None: it is built for one Python version and nothing but this command needs it."""
+def introspection() -> tuple[Any | None, str]:
+    """kronafuse._C, or why it is not here: it is built for one Python version, and this command alone needs it."""
     try:
-        return importlib.import_module("kronafuse._C")
-    except ImportError:
-        return None
+        return importlib.import_module("kronafuse._C"), ""
+    except ModuleNotFoundError:
+        return None, "not built for this Python"
+    except ImportError as error:
+        return None, f"does not load: {error}"
 
 
-def libraries(module: Any | None) -> Table:
+def libraries(module: Any | None, reason: str = "") -> Table:
     """Each library: what it was built for, or why it was not."""
     table = Table("library", "here", "built", title="Native libraries")
     reasons = {
@@ -40,7 +42,7 @@ def libraries(module: Any | None) -> Table:
         table.add_row(
             name, "; ".join(reasons[key]) or "runs", made_with(entry) if entry.get("built") else "no"
         )
-    table.add_row("kronafuse._C", "runs" if module else "not built for this Python", made_with(facts(module)))
+    table.add_row("kronafuse._C", "runs" if module else reason, made_with(facts(module)))
     return table
 
 

@@ -27,7 +27,7 @@ def raw_arguments(
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("impl", ["eager", "reference", "triton"])
+@pytest.mark.parametrize("impl", ["eager", "reference", "triton", "cpu"])
 @pytest.mark.parametrize("case", ["primes", "narrowing", "no_biases_identity", "empty"])
 def test_opcheck_forward(case, impl, keep):
     tensors, options = raw_arguments(case, impl, None)
@@ -35,7 +35,7 @@ def test_opcheck_forward(case, impl, keep):
 
 
 @pytest.mark.parametrize("needed", [True, False])
-@pytest.mark.parametrize("impl", ["eager", "reference", "triton"])
+@pytest.mark.parametrize("impl", ["eager", "reference", "triton", "cpu"])
 @pytest.mark.parametrize("case", ["primes", "narrowing", "no_biases_identity", "empty"])
 def test_opcheck_backward(case, impl, needed):
     tensors, options = raw_arguments(case, impl, torch.tensor(0.5))

@@ -97,6 +97,7 @@ def finish(x: Tensor, factors: dict[str, Tensor], forward: Forward) -> Problem:
 
 
 PROBLEMS = (*LAYERS, "group", "bottleneck")
+IMPLS = ("triton", "cuda")
 
 
 def problem(
@@ -139,10 +140,11 @@ def test_the_problems_train(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_cuda_graph_of_a_training_step(name):
+def test_cuda_graph_of_a_training_step(name, impl):
     """Replays on new inputs give the losses and the parameters of eager steps, to the bit."""
-    given, other = problem(name), problem(name)
+    given, other = problem(name, impl=impl), problem(name, impl=impl)
     xs = [torch.randn_like(given.x) for _ in range(STEPS)]
 
     def set_x(to: Problem, x: Tensor) -> None:
@@ -183,10 +185,11 @@ def test_cuda_graph_of_a_training_step(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_repeatable(name):
+def test_repeatable(name, impl):
     """Outputs and all gradients are equal to the bit, whatever ran in between."""
-    given = problem(name)
+    given = problem(name, impl=impl)
     leaves = [given.x, *given.trained.values()]
 
     def results() -> list[Tensor]:
@@ -195,7 +198,7 @@ def test_repeatable(name):
 
     first = results()
     for other in PROBLEMS:
-        problem(other, tokens=97).loss().backward()
+        problem(other, impl=impl, tokens=97).loss().backward()
     for _ in range(3):
         for one, two in zip(first, results(), strict=True):
             assert torch.equal(one, two)
@@ -234,9 +237,10 @@ def test_compile_runs_the_same_kernels(name):
 
 
 @pytest.mark.gpu
-def test_no_host_synchronisation():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_host_synchronisation(impl):
     """A step whose host waits for the device nowhere can run ahead of it."""
-    given = problem("thin_b_first")
+    given = problem("thin_b_first", impl=impl)
     step = step_of(given, given.optimizer())
     step()
     torch.cuda.synchronize()

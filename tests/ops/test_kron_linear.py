@@ -17,6 +17,9 @@ TOKENS = 33
 """Tokens of the named cases here; the benchmarks use them whole."""
 EAGER_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TRITON_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+CPU_DTYPES = [torch.float32, torch.bfloat16]
+CUDA_DTYPES = [torch.float16, torch.bfloat16]
+IMPLS = ["eager", "triton", "cpu", "cuda"]
 WIDE_LAYERS = ("flux2_3072", "ff_in", "ff_out")
 WIDE_ADAPTERS = ("krona_64x4", "lokr_f8", "lora_r16")
 
@@ -26,6 +29,8 @@ def is_slow(case: Case, dtype: torch.dtype, impl: str) -> bool:
     layer, adapter = case.name.split("-")
     if impl == "triton" and DEVICE == "cpu":
         return layer != "sd15_320"
+    if impl == "cuda" and DEVICE == "cpu":
+        return layer not in ("sd15_320", "sdxl_640")
     if dtype in (torch.float16, torch.float64):
         return layer not in ("sd15_320", "sdxl_640")
     return layer in WIDE_LAYERS and (adapter not in WIDE_ADAPTERS or dtype != torch.float32)
@@ -33,6 +38,11 @@ def is_slow(case: Case, dtype: torch.dtype, impl: str) -> bool:
 
 def dtype_id(dtype: object) -> str | None:
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else None
+
+
+def dtype_of(impl: str) -> torch.dtype:
+    """What tests of one dtype take: the one whose errors are smallest."""
+    return torch.float16 if impl == "cuda" else torch.float32
 
 
 def case_params(impl: str, dtypes: list[torch.dtype]) -> list[object]:
@@ -47,6 +57,7 @@ def case_params(impl: str, dtypes: list[torch.dtype]) -> list[object]:
 def odd_params() -> list[object]:
     pairs = [("eager", torch.float32), ("eager", torch.bfloat16), ("eager", torch.float64)]
     pairs += [("reference", torch.float64)] + [("triton", dtype) for dtype in TRITON_DTYPES]
+    pairs += [("cpu", dtype) for dtype in CPU_DTYPES] + [("cuda", dtype) for dtype in CUDA_DTYPES]
     return [
         pytest.param(case, dtype, impl, id=f"{case}-{dtype_id(dtype)}-{impl}")
         for case in ODD_CASES.values()
@@ -54,9 +65,11 @@ def odd_params() -> list[object]:
     ]
 
 
-def to_device(x: torch.Tensor, layer: FrozenLinear) -> tuple[torch.Tensor, FrozenLinear]:
+def to_device(x: torch.Tensor, layer: FrozenLinear, impl: str = "") -> tuple[torch.Tensor, FrozenLinear]:
+    device = "cpu" if impl == "cpu" else DEVICE
+
     def move(value):
-        return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+        return value.to(device) if isinstance(value, torch.Tensor) else value
 
     terms = tuple(KronTerm(*map(move, term)) for term in layer.terms)
     return move(x), FrozenLinear(move(layer.weight), terms, move(layer.bias), move(layer.base))
@@ -64,12 +77,16 @@ def to_device(x: torch.Tensor, layer: FrozenLinear) -> tuple[torch.Tensor, Froze
 
 def check(case: Case, dtype: torch.dtype, impl: str, **options) -> None:
     tokens = TOKENS if case.name in CASES else None
-    x, layer = to_device(*case_inputs(case, dtype, tokens=tokens, **options))
+    x, layer = to_device(*case_inputs(case, dtype, tokens=tokens, **options), impl)
     check_group(partial(kron_linear_group, impl=impl), x, [layer])
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype", "impl"), case_params("eager", EAGER_DTYPES) + case_params("triton", TRITON_DTYPES)
+    ("case", "dtype", "impl"),
+    case_params("eager", EAGER_DTYPES)
+    + case_params("triton", TRITON_DTYPES)
+    + case_params("cpu", CPU_DTYPES)
+    + case_params("cuda", CUDA_DTYPES),
 )
 def test_named_cases(case, dtype, impl):
     """y and every gradient of the case list, from float32 factors where x is 16 bits wide."""
@@ -79,11 +96,14 @@ def test_named_cases(case, dtype, impl):
 
 @pytest.mark.parametrize(
     ("case", "dtype", "impl"),
-    case_params("eager", [torch.bfloat16, torch.float32]) + case_params("triton", TRITON_DTYPES[:1]),
+    case_params("eager", [torch.bfloat16, torch.float32])
+    + case_params("triton", TRITON_DTYPES[:1])
+    + case_params("cpu", CPU_DTYPES)
+    + case_params("cuda", CUDA_DTYPES),
 )
 def test_delta_alone(case, dtype, impl):
     """Without W the delta's own error cannot hide behind the base's rounding."""
-    x, layer = to_device(*case_inputs(case, dtype, tokens=9, weight=False, bias=False))
+    x, layer = to_device(*case_inputs(case, dtype, tokens=9, weight=False, bias=False), impl)
     check_group(partial(kron_linear_group, impl=impl), x, [layer], wanted=[])
 
 
@@ -106,14 +126,15 @@ def test_delta_with_base_row_scale_and_tensor_scale(case, dtype, impl):
     check(case, dtype, impl, weight=False, base=True, row_scale=True, scale=scale, terms=2)
 
 
-@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     "case", ["thin_b_first", "fat_a_first", "fat_b_first", "low_rank", "low_rank_fat", "lora"]
 )
 def test_each_gradient_alone(case, impl):
     """A gradient asked for alone is the one that comes when all are."""
     x, layer = to_device(
-        *case_inputs(ODD_CASES[case], torch.float32, base=True, row_scale=True, scale=torch.tensor(0.5))
+        *case_inputs(ODD_CASES[case], dtype_of(impl), base=True, row_scale=True, scale=torch.tensor(0.5)),
+        impl,
     )
     names = list(tensors_of(x, [layer]))
     assert {"x", "weight0", "bias0", "base0", "b0.0", "scale0.0", "row_scale0.0"} <= set(names)
@@ -121,16 +142,17 @@ def test_each_gradient_alone(case, impl):
         check_group(partial(kron_linear_group, impl=impl), x, [layer], wanted=[name])
 
 
-@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_zero_scale_has_a_gradient(impl):
-    x, layer = to_device(*case_inputs(ODD_CASES["low_rank"], torch.float32, scale=torch.tensor(0.0)))
+    x, layer = to_device(*case_inputs(ODD_CASES["low_rank"], dtype_of(impl), scale=torch.tensor(0.0)), impl)
     check_group(partial(kron_linear_group, impl=impl), x, [layer])
 
 
-@pytest.mark.parametrize("impl", ["eager", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
-def test_group_of_unlike_layers(dtype, impl):
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("narrow", [False, True], ids=["wide", "narrow"])
+def test_group_of_unlike_layers(narrow, impl):
     """q, k and v from one x: other widths, other adapters, no adapter at all, delta with base."""
+    dtype = dtype_of(impl) if not narrow else torch.bfloat16 if impl in ("cpu", "cuda") else torch.float16
     source = generator(3)
     x = random(source, 2, 9, 48, dtype=dtype)
 
@@ -145,14 +167,14 @@ def test_group_of_unlike_layers(dtype, impl):
         FrozenLinear(rand(24, 48)),
         FrozenLinear(None, (KronTerm(rand(6, 6), rand(5, 8), shuffled=True),), None, rand(2, 9, 30)),
     ]
-    x, *_ = to_device(x, layers[0])
-    check_group(partial(kron_linear_group, impl=impl), x, [to_device(x, layer)[1] for layer in layers])
+    x, *_ = to_device(x, layers[0], impl)
+    check_group(partial(kron_linear_group, impl=impl), x, [to_device(x, layer, impl)[1] for layer in layers])
 
 
-@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_unused_output_of_a_group(impl):
     """A layer whose y goes nowhere adds nothing to dx."""
-    x, layer = to_device(*case_inputs(ODD_CASES["primes"], torch.float32))
+    x, layer = to_device(*case_inputs(ODD_CASES["primes"], dtype_of(impl)), impl)
     leaf = x.clone().requires_grad_()
     assert layer.weight is not None
     alone = torch.autograd.grad(kron_linear_group(leaf, [layer], impl=impl)[0].sum(), leaf)[0]
@@ -160,10 +182,10 @@ def test_unused_output_of_a_group(impl):
     assert torch.equal(torch.autograd.grad(first.sum(), leaf)[0], alone)
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "eager", "triton", "cpu"])
 def test_public_functions_agree_with_their_references(impl):
     dtype = torch.float32
-    x, layer = to_device(*case_inputs(ODD_CASES["low_rank_shuffled"], dtype, base=True))
+    x, layer = to_device(*case_inputs(ODD_CASES["low_rank_shuffled"], dtype, base=True), impl)
     (term,) = layer.terms
     options = {"b_down": term.b_down, "scale": 0.3, "shuffled": True}
     y = kron_linear(x, layer.weight, term.a, term.b, bias=layer.bias, **options, impl=impl)
@@ -174,13 +196,13 @@ def test_public_functions_agree_with_their_references(impl):
     torch.testing.assert_close(y, kron_delta_ref(x, term.a, term.b, base=layer.base, **options))
 
 
-@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_repeatable(impl):
     """The same bits twice: forward and every gradient."""
     from kronafuse.testing.accuracy import run
 
-    x, layer = to_device(*case_inputs(CASES["sd15_320-krona_64x4"], torch.float32, tokens=65))
-    dys = [torch.randn(65, 320, device=DEVICE)]
+    x, layer = to_device(*case_inputs(CASES["sd15_320-krona_64x4"], dtype_of(impl), tokens=65), impl)
+    dys = [torch.randn(65, 320, device=x.device, dtype=x.dtype)]
     first, second = (run(partial(kron_linear_group, impl=impl), x, [layer], dys) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -312,14 +334,15 @@ def test_memory_within_the_planners_budget(adapter):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_past_int32(impl):
     """Two rows of x 2³¹ elements apart: addresses must not be 32 bits wide."""
-    buffer = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
+    device, dtype = ("cpu", torch.bfloat16) if impl == "cpu" else (DEVICE, torch.float16)
+    buffer = torch.empty(2**31 + 64, dtype=dtype, device=device)
     x = buffer.as_strided((2, 32), (2**31, 1))
     x.copy_(torch.randn(2, 32))
-    a, b = torch.randn(4, 4, device=DEVICE), torch.randn(8, 8, device=DEVICE)
-    weight = torch.randn(32, 32, device=DEVICE, dtype=torch.float16)
+    a, b = torch.randn(4, 4, device=device), torch.randn(8, 8, device=device)
+    weight = torch.randn(32, 32, device=device, dtype=dtype)
     y = kron_linear(x, weight, a, b, impl=impl)
     torch.testing.assert_close(y, kron_linear(x.clone(), weight, a, b, impl=impl))
 

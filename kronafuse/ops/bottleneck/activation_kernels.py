@@ -5,12 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# The numbers of `activation_numbers.ACTIVATIONS`.
 RELU = tl.constexpr(1)
 SIGMOID = tl.constexpr(2)
 SILU = tl.constexpr(3)
 GELU = tl.constexpr(4)
-ACTIVATIONS = {"identity": 0, "relu": 1, "sigmoid": 2, "silu": 3, "gelu": 4}
-"""Activation -> the number that the kernels know it by."""
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..triton_common import dot, dot_precision, scale_arguments
 from . import tuning
-from .activation_kernels import ACTIVATIONS
+from .activation_numbers import ACTIVATIONS
 from .call import Call
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ... import backends, checks
-from .. import triton_reasons
+from .. import cpu_reasons, cuda_reasons, triton_reasons
 from ..calls import flat_tokens, run_op, unflat_tokens, without_autocast
-from . import eager, reference
+from . import eager, native_cpu, native_cuda, reference
 from .call import Call, Needs, result_dtype
 
 OP = "bottleneck"
@@ -54,6 +54,8 @@ def _load_triton() -> Any:
 
 
 IMPLEMENTATIONS = (
+    backends.Implementation("cuda", cuda_reasons.reasons, lambda: native_cuda, cuda_reasons.UNMEASURED),
+    backends.Implementation("cpu", cpu_reasons.reasons, lambda: native_cpu),
     backends.Implementation("triton", triton_reasons.reasons, _load_triton),
     backends.Implementation("eager", backends.never, lambda: eager),
     backends.Implementation("reference", backends.never, lambda: reference),

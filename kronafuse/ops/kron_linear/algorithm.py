@@ -120,6 +120,35 @@ class Primitives(Protocol):
         """Σ otherᵀ x, (O, F), over `maps.first_rows` of maps without in_scale, from one read of x where it can."""
         ...
 
+    def takes_in_parts(self, dy: Tensor, kron: KronMap) -> bool:
+        """Whether `backward_in_parts` serves this term, whose T was not saved."""
+        ...
+
+    def backward_in_parts(
+        self, dy: Tensor, x: Tensor, kron: KronMap, dtypes: Sequence[torch.dtype | None], dx: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients that contract dy and x, where a dtype asks for them, from both T of some tokens at a time.
+
+        dx: what the term's own part is added to; None where it is not asked for
+        """
+        ...
+
+    def one(self, like: Tensor) -> Tensor:
+        """The 1×1 identity, a left factor that is absent, in the dtype of `like` or one that is cast to it."""
+        ...
+
+    def sum_tokens(self, dy: Tensor) -> Tensor:
+        """Σ over tokens of dy (M, N), (N,): the bias's gradient."""
+        ...
+
+    def dot(self, factor: Tensor, gradient: Tensor) -> Tensor:
+        """Σ factor ⊙ gradient of two matrices, 0-d in the gradient's dtype, which is the wider."""
+        ...
+
+    def row_dots(self, dy: Tensor, x: Tensor, kron: KronMap, inner: Tensor, dtype: torch.dtype) -> Tensor:
+        """Σ over tokens of dy ⊙ up(inner), (N,) in `dtype`; x is what `linear` takes beside inner."""
+        ...
+
 
 def _tokens(part: Tensor, first: int, second: int) -> Tensor:
     """(M, first·second) seen as (M, first, second)."""
@@ -128,7 +157,7 @@ def _tokens(part: Tensor, first: int, second: int) -> Tensor:
 
 def map_of(term: KronTerm, x: Tensor, primitives: Primitives) -> KronMap:
     """The forward map of a term, its factors in x's dtype unless the backend casts them itself."""
-    return KronMap.of(term, None if primitives.CASTS_FACTORS else x.dtype)
+    return KronMap.of(term, None if primitives.CASTS_FACTORS else x.dtype, primitives.one)
 
 
 def inner_of(kron: KronMap, shrunk: Tensor, primitives: Primitives) -> Tensor:
@@ -238,21 +267,26 @@ def backward(
     layer_grads: list[Tensor] = []
     waiting: list[TermStep] = []
     for dy, layer, group, (need_weight, need_bias) in zip(dys, layers, groups, needs_layer, strict=True):
+        steps = [step for step in group if not _in_parts(step, dy, need_x, dx, layer, primitives)]
         if need_x:
-            _decide_one_pass(dy, layer, group, primitives)
-        _gradients_from_dy(dy, x, group, need_x, primitives, stages)
-        if need_x and (layer.weight is not None or group):
-            dx = _input_gradient(dy, layer, group, dx, primitives)
-        for step in group:
+            _decide_one_pass(dy, layer, steps, primitives)
+        _gradients_from_dy(dy, x, steps, need_x, primitives, stages)
+        if need_x and (layer.weight is not None or steps):
+            dx = _input_gradient(dy, layer, steps, dx, primitives)
+        for step in steps:
             _other_gradients(step, dy, x, primitives, stages)
-        waiting += [step for step in group if step.wants_from_x]
+        for step in group:
+            if step not in steps:
+                _backward_in_parts(step, dy, x, dx if need_x else None, primitives)
+        waiting += [step for step in steps if step.wants_from_x]
         if not all(step.kron.thin for step in waiting):
             # Fat T are as large as x: they wait for no other layer.
             _gradients_from_x(x, waiting, primitives, stages)
             waiting = []
         for step in group:
             step.release()
-        layer_grads += [dy.t() @ x if need_weight else empty, dy.sum(0) if need_bias else empty]
+        layer_grads += [dy.t() @ x if need_weight else empty]
+        layer_grads.append(primitives.sum_tokens(dy) if need_bias else empty)
     _gradients_from_x(x, waiting, primitives, stages)
     if stages is not None:
         stages.finish()
@@ -263,6 +297,29 @@ def backward(
         for index in range(TERM_GRADIENTS)
     ]
     return [empty if dx is None else dx, *layer_grads, *term_grads]
+
+
+def _in_parts(
+    step: TermStep, dy: Tensor, need_x: bool, dx: Tensor | None, layer: FrozenLinear, primitives: Primitives
+) -> bool:
+    """Whether a term's whole backward is done for some tokens at a time: it needs both T, and a dx that is there."""
+    alone = need_x and dx is None and layer.weight is None
+    more = step.needs[SCALE] or step.needs[ROW_SCALE] or step.kron.order == "low_rank"
+    if alone or more or not (step.lacks_part and step.wants_from_dy and (need_x or step.wants_from_x)):
+        return False
+    return primitives.takes_in_parts(dy, step.kron)
+
+
+def _backward_in_parts(
+    step: TermStep, dy: Tensor, x: Tensor, dx: Tensor | None, primitives: Primitives
+) -> None:
+    places = FROM_DY[step.kron.order], FROM_X[step.kron.order]
+    wanted = [step.dtypes[place] if step.needs[place] else None for place in places]
+    for place, gradient in zip(
+        places, primitives.backward_in_parts(dy, x, step.kron, wanted, dx), strict=True
+    ):
+        if gradient is not None:
+            step.gradients[place] = gradient
 
 
 def _decide_one_pass(

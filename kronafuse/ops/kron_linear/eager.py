@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import sums
 from .maps import KronMap, first_rows, first_scale, inner_rows
 
 CASTS_FACTORS: bool = False
@@ -18,6 +19,9 @@ DENSE_ELEMENTS = 4096
 """Up to this many elements A ⊗ I is built and one GEMM replaces a batch of tiny ones; measured on CPUs in fp32."""
 DENSE_TOKENS = 256
 """Fewer tokens are a short batch, and A ⊗ I costs more than it saves."""
+
+one, sum_tokens, dot = sums.one, sums.sum_tokens, sums.dot
+takes_in_parts = sums.never_in_parts
 
 
 def shrink(x: Tensor, maps: Sequence[KronMap]) -> list[Tensor]:
@@ -133,6 +137,11 @@ def _add(view: Tensor, delta: Tensor, kron: KronMap) -> None:
 
 def second_stages() -> None:
     """Nothing is put off here."""
+
+
+def row_dots(dy: Tensor, x: Tensor, kron: KronMap, inner: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ over tokens of dy ⊙ up(inner), (N,) in `dtype`."""
+    return sums.dots_of(dy, linear(x, None, None, None, [kron], [inner]), dtype)
 
 
 def shrink_reduce(

@@ -130,12 +130,10 @@ def scale_gradient(kron: KronMap, dy: Tensor, x: Tensor, primitives: Primitives)
         factor = kron.b if kron.order == "low_rank" else kron.a
         grad = gradient_from_dy(adjoint, dy, primitives.shrink(x, [kron])[0], wide, primitives)
     assert factor is not None
-    return (factor.to(wide) * grad).sum()
+    return primitives.dot(factor, grad)
 
 
 def row_scale_gradient(kron: KronMap, dy: Tensor, x: Tensor, inner: Tensor, primitives: Primitives) -> Tensor:
     """Σ_m dy[m] ⊙ (delta[m] without row_scale), (N,); inner: what the up map takes."""
     assert kron.out_scale is not None
-    delta = primitives.linear(x, None, None, None, [replace(kron, out_scale=None)], [inner])
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return (dy.to(wide) * delta.to(wide)).sum(0).to(kron.out_scale.dtype)
+    return primitives.row_dots(dy, x, replace(kron, out_scale=None), inner, kron.out_scale.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..launch import architecture_of
 from ..outputs import new_output
-from . import reduction_tuning, route, tuning
+from . import reduction_tuning, route, sums, tuning
 from .beside_kernel import same_ups
 from .dense_kernel import build_down, build_up
 from .linear_kernel import DENSE_SLOTS, linear_with_tails
@@ -29,6 +29,9 @@ from .tails import BLOCK_TAIL, ELEMENTWISE_TAIL, MIX_TAIL, DenseTail, Structured
 
 CASTS_FACTORS: bool = True
 """Kernels read a factor in its own dtype and cast it in registers: a cast would be a launch of its own."""
+
+one, sum_tokens, dot = sums.one, sums.sum_tokens, sums.dot
+takes_in_parts = sums.never_in_parts
 
 
 def shrink(x: Tensor, maps: Sequence[KronMap]) -> list[Tensor]:
@@ -301,6 +304,11 @@ def reduce(
 ) -> Tensor:
     """scale · Σ_{m,g} (p_scale[g] ⊙ p[m,g])ᵀ q[m,g]: (M, G, P), (M, G, Q) -> (P, Q) in `dtype`, without atomics."""
     return reduce_rows(p, q, scale, dtype, p_scale, stages=stages)
+
+
+def row_dots(dy: Tensor, x: Tensor, kron: KronMap, inner: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ over tokens of dy ⊙ up(inner), (N,) in `dtype`."""
+    return sums.dots_of(dy, linear(x, None, None, None, [kron], [inner]), dtype)
 
 
 def second_stages() -> SecondStages:

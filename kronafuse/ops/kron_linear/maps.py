@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ...planner import Choice, Order, choose
 from ...shapes import KronShape
 from ..calls import as_dtype
+from . import sums
 from .terms import KronTerm
 
 MIRRORED: dict[Order, Order] = {"a_first": "b_first", "b_first": "a_first", "low_rank": "low_rank"}
@@ -48,8 +50,10 @@ class KronMap:
     applied: bool = True
 
     @classmethod
-    def of(cls, term: KronTerm, dtype: torch.dtype | None) -> KronMap:
-        """The forward map of a term, its factors cast to `dtype`; None: as they are."""
+    def of(
+        cls, term: KronTerm, dtype: torch.dtype | None, one: Callable[[Tensor], Tensor] = sums.one
+    ) -> KronMap:
+        """The forward map of a term, its factors cast to `dtype`; None: as they are. `one` makes a 1×1 identity."""
         a, b, b_down = term.a, term.b, term.b_down
         n1, k1 = (1, 1) if a is None else a.shape
         n2, inner = b.shape
@@ -59,7 +63,7 @@ class KronMap:
             else _choice(n1, k1, n2, b_down.shape[1], inner)
         )
         if a is None and b_down is None:
-            a = b.new_ones((1, 1))
+            a = one(b)
         if dtype is not None:
             a = a if a is None else as_dtype(a, dtype)
             b = as_dtype(b, dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import backends, checks, planner
 from ...shapes import KronShape
-from .. import triton_reasons
+from .. import cpu_reasons, cuda_reasons, triton_reasons
 from ..calls import flat_tokens, run_op, unflat_tokens, without_autocast
 from . import algorithm, eager, reference
 from .terms import FrozenLinear, KronTerm
@@ -61,13 +61,27 @@ class _Planned(NamedTuple):
         return algorithm.backward(dys, x, layers, saved, needs, self.primitives)
 
 
+def _load_cuda() -> _Planned:
+    from . import native_cuda
+
+    return _Planned(native_cuda)
+
+
 def _load_triton() -> _Planned:
     from . import kernels
 
     return _Planned(kernels)
 
 
+def _load_cpu() -> _Planned:
+    from . import native_cpu
+
+    return _Planned(native_cpu)
+
+
 IMPLEMENTATIONS = (
+    backends.Implementation("cuda", cuda_reasons.reasons, _load_cuda, cuda_reasons.UNMEASURED),
+    backends.Implementation("cpu", cpu_reasons.reasons, _load_cpu),
     backends.Implementation("triton", triton_reasons.reasons, _load_triton),
     backends.Implementation("eager", backends.never, lambda: _Planned(eager)),
     backends.Implementation("reference", backends.never, lambda: reference),
