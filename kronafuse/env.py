@@ -51,5 +51,5 @@ def cuda_capability(index: int) -> tuple[int, int]:
 @cache
 def cuda_driver() -> tuple[int, int]:
     """The newest CUDA that the installed driver knows, as (13, 0)."""
-    version = torch._C._cuda_getDriverVersion()
+    version = torch._C._cuda_getDriverVersion()  # pyright: ignore[reportAttributeAccessIssue]
     return version // 1000, version % 1000 // 10

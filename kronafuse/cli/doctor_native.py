@@ -13,10 +13,12 @@ from .. import native
 
 
 def tables() -> list[Table]:
-    """The libraries, and, where the introspection module was built for this Python, what it knows of the kernels."""
+    """The libraries, and, where the introspection module knows of CUDA kernels, what these take."""
     module, reason = introspection()
     if module is None:
         return [libraries(None, reason)]
+    if not module.usages():
+        return [libraries(module)]
     return [libraries(module), kernels(module), configurations(module)]
 
 

@@ -21,7 +21,7 @@ DENSE_TOKENS = 256
 """Fewer tokens are a short batch, and A ⊗ I costs more than it saves."""
 
 one, sum_tokens, dot = sums.one, sums.sum_tokens, sums.dot
-takes_in_parts = sums.never_in_parts
+takes_in_parts, backward_in_parts = sums.takes_in_parts, sums.backward_in_parts
 
 
 def shrink(x: Tensor, maps: Sequence[KronMap]) -> list[Tensor]:

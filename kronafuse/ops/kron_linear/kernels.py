@@ -31,7 +31,7 @@ CASTS_FACTORS: bool = True
 """Kernels read a factor in its own dtype and cast it in registers: a cast would be a launch of its own."""
 
 one, sum_tokens, dot = sums.one, sums.sum_tokens, sums.dot
-takes_in_parts = sums.never_in_parts
+takes_in_parts, backward_in_parts = sums.takes_in_parts, sums.backward_in_parts
 
 
 def shrink(x: Tensor, maps: Sequence[KronMap]) -> list[Tensor]:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .maps import KronMap
 
 
 def one(like: Tensor) -> Tensor:
@@ -27,6 +33,13 @@ def dots_of(dy: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
     return (dy.to(wide) * delta.to(wide)).sum(0).to(dtype)
 
 
-def never_in_parts(_dy: Tensor, _kron: object) -> bool:
-    """For backends that have no backward in parts."""
+def takes_in_parts(dy: Tensor, kron: KronMap) -> bool:
+    """For backends whose backward has all tokens at once."""
     return False
+
+
+def backward_in_parts(
+    dy: Tensor, x: Tensor, kron: KronMap, dtypes: Sequence[torch.dtype | None], dx: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Never called there."""
+    raise AssertionError("takes_in_parts refused it")
