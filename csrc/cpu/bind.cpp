@@ -39,6 +39,9 @@ DType dtype_of(const Tensor& tensor, const char* op, const char* name) {
   }
 }
 
+// Expanded views alone have more, as memory has 2^47 bytes: up to here products of sizes are far from an overflow.
+constexpr int64_t kMostElements = int64_t{1} << 48;
+
 View view_of(const Tensor& tensor, const char* op, const char* name) {
   KF_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU; got device type ",
            static_cast<int>(tensor.device().type()));
@@ -51,8 +54,8 @@ View view_of(const Tensor& tensor, const char* op, const char* name) {
   for (int i = 0; i < view.dim; ++i) {
     view.size[i] = tensor.size(i);
     view.stride[i] = tensor.stride(i);
-    KF_CHECK(!__builtin_mul_overflow(elements, view.size[i], &elements), op, ": ", name,
-             " must have fewer than 2^63 elements; dimension ", i, " of ", dim, " has ", view.size[i]);
+    KF_CHECK(!__builtin_mul_overflow(elements, view.size[i], &elements) && elements <= kMostElements, op, ": ", name,
+             " must have at most 2^48 elements; dimension ", i, " of ", dim, " has ", view.size[i]);
   }
   view.data = elements == 0 ? nullptr : tensor.data_ptr();
   KF_CHECK(elements == 0 || view.data != nullptr, op, ": ", name, " of ", elements, " elements has no memory");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,11 @@ class build_native(Command):
     def run(self) -> None:
         for extension in self.distribution.ext_modules or ():
             extension.include_dirs.insert(0, str(building.record_folder(self.folder)))
-        if not self.distribution.ext_modules:
-            for module in self.folder.parent.glob("_C.*.so"):  # what an earlier build knew is not so any more
+        package = self.folder.parent
+        if package.resolve() != LIBRARIES.parent:  # an earlier build's copy, of which a wheel would get all
+            shutil.rmtree(package, ignore_errors=True)
+        elif not self.distribution.ext_modules:
+            for module in package.glob("_C.*.so"):  # what an earlier build knew is not so any more
                 module.unlink()
         try:
             building.build(self.folder, Switches.read())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,9 +19,12 @@ class BuildError(Exception):
 
     @property
     def brief(self) -> str:
-        """The first lines that name an error."""
+        """The first lines that name an error, else the first that are neither ninja's nor a command."""
         lines = [line.strip() for line in str(self).splitlines()]
-        errors = [line for line in lines if re.search(r"\berror\b", line) and " -o " not in line]
+        lines = [
+            line for line in lines if not re.match(r"\[\d+/|ninja: |FAILED|$", line) and " -o " not in line
+        ]
+        errors = [line for line in lines if re.search(r"\berror\b|undefined reference|not found", line)]
         return "; ".join((errors or lines)[:3])
 
 
@@ -68,7 +71,7 @@ class NinjaFile:
 
     def run(self, jobs: int, verbose: bool = False) -> None:
         """Writes the file and brings everything up to date; raises BuildError with all that failed."""
-        with locked(self.folder):
+        with locked(self.folder) as lock:
             target = self.folder / "build.ninja"
             text = "ninja_required_version = 1.5\n" + "".join(self.lines)
             if not target.exists() or target.read_text() != text:
@@ -77,7 +80,12 @@ class NinjaFile:
             if verbose:
                 command.append("-v")
             done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+                pass_fds=(lock,),  # compilers that outlive a killed build keep the next one waiting
             )
             if done.returncode:
                 raise BuildError(done.stdout)
@@ -86,9 +94,12 @@ class NinjaFile:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One build at a time in a folder, across processes."""
+def locked(folder: Path) -> Iterator[int]:
+    """One build at a time in a folder, across processes; yields the lock's file descriptor."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        if sys.platform != "win32":  # where nothing is compiled, and fcntl is not there
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()

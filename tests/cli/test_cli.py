@@ -129,7 +129,7 @@ def test_doctor_without_native_libraries(monkeypatch: pytest.MonkeyPatch) -> Non
         "cuda": {"built": False, "reason": "no nvcc"},
     }
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(doctor_native, "introspection", lambda: None)
+    monkeypatch.setitem(sys.modules, "kronafuse._C", None)
     monkeypatch.setattr(native, "build_record", lambda: record)
     monkeypatch.setattr(native, "cpu_reasons", lambda: ["libkronafuse_cpu.so is not built: no C++ compiler"])
     result = invoke("doctor")
@@ -137,6 +137,14 @@ def test_doctor_without_native_libraries(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "no C++ compiler" in result.stdout
     assert "not built for this Python" in result.stdout
     assert "CUDA configurations" not in result.stdout
+
+
+def test_doctor_says_why_the_introspection_module_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ImportError(f"{name}: undefined symbol: f")
+
+    monkeypatch.setattr(doctor_native.importlib, "import_module", broken)
+    assert doctor_native.introspection() == (None, "does not load: kronafuse._C: undefined symbol: f")
 
 
 def test_demo_smoke_writes_everything(demo_folder: Path, base: Path) -> None:

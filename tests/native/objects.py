@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from csrc.rules.ptxas import demangled
+from kronafuse import native
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,20 @@ class Resources:
     stack_bytes: int
     local_bytes: int
     shared_bytes: int
+
+
+ABSENT = re.compile(r"was 0$|^no C\+\+ compiler was found|^nvcc was not found|on Linux only")
+"""Reasons for which a machine lawfully has no library."""
+
+
+def built_library(key: str) -> Path:
+    """The library "cpu" or "cuda" in the package; skips where it was not to be built, fails where its build failed."""
+    entry = native.build_record().get(key, {})
+    if not entry.get("built"):
+        reason = entry.get("reason")
+        assert reason is None or ABSENT.search(reason), reason
+        pytest.skip(reason or "nothing was built: make native")
+    return native.LIBRARIES / (native.CPU if key == "cpu" else native.CUDA)
 
 
 def cuda_tool(name: str) -> str:

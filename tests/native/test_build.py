@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from csrc.rules import building, libraries, ptxas, record, sources, toolchain
+from csrc.rules import building, commands, libraries, ptxas, record, sources, toolchain
 from csrc.rules.ninja_file import BuildError, NinjaFile
 from csrc.rules.paths import CSRC, ROOT
 from csrc.rules.switches import DEFAULT_ARCHS, SwitchError, Switches
+from setuptools import Distribution
 
 NVCC = toolchain.Nvcc(
     "nvcc", "13.0.88", ("75", "80", "86", "89", "90", "100", "120"), Path("/usr/local/cuda")
@@ -47,8 +49,10 @@ def test_switches_as_asked():
         ("KRONAFUSE_BUILD_CPU", "yes", "KRONAFUSE_BUILD_CPU must be one of auto, 1, 0; got 'yes'"),
         ("KRONAFUSE_BUILD_CUDA", "", "KRONAFUSE_BUILD_CUDA must be one of auto, 1, 0; got ''"),
         ("KRONAFUSE_CUDA_INSTANCES", "two", "KRONAFUSE_CUDA_INSTANCES must be one of all, one; got 'two'"),
-        ("KRONAFUSE_CUDA_ARCHS", "8.0", "compute capabilities without a dot, as '80;90a'; got '8.0'"),
-        ("KRONAFUSE_CUDA_ARCHS", "", "compute capabilities without a dot, as '80;90a'; got ''"),
+        ("KRONAFUSE_CUDA_ARCHS", "8.0", "compute capabilities from 80 on without a dot, as '80;90a'"),
+        ("KRONAFUSE_CUDA_ARCHS", "80;100a", "of which 90a alone has a letter; got '80;100a'"),
+        ("KRONAFUSE_CUDA_ARCHS", "75", "compute capabilities from 80 on without a dot, as '80;90a'"),
+        ("KRONAFUSE_CUDA_ARCHS", "", "got ''"),
         ("MAX_JOBS", "0", "MAX_JOBS must be a positive integer; got '0'"),
     ],
 )
@@ -223,6 +227,125 @@ def test_without_nvcc_says_so(monkeypatch):
     monkeypatch.setattr(toolchain, "nvcc", missing)
     assert building.refusal("cuda", Switches()) == "nvcc was not found"
     assert building.refusal("cpu", Switches()) is None
+
+
+@needs_compiler
+def test_what_cannot_be_built_is_said_before_anything_is_compiled(monkeypatch, tmp_path):
+    refusals = {"cpu": None, "cuda": "nvcc was not found"}
+    monkeypatch.setattr(building, "refusal", lambda key, _: refusals[key])
+    monkeypatch.setattr(building, "build_one", lambda *_: pytest.fail("it compiled"))
+    with pytest.raises(BuildError, match=r"libkronafuse_cuda\.so was asked for .* nvcc was not found"):
+        building.build(tmp_path, Switches(cuda="1"))
+
+
+@pytest.fixture
+def tool(monkeypatch, tmp_path):
+    """Makes an executable that prints something, found by nothing remembered."""
+
+    def make(name: str, prints: str = "") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\ncat << 'END' | tee /dev/stderr\n{prints}\nEND\n")
+        path.chmod(0o755)
+        return path
+
+    for function in (toolchain.nvcc, toolchain.ninja):
+        monkeypatch.setattr(toolchain, function.__name__, function.__wrapped__)
+    return make
+
+
+def test_cuda_home_is_taken_at_its_word(monkeypatch, tmp_path, tool):
+    monkeypatch.setenv("PATH", f"{tool('path/nvcc', 'V13.0.88').parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    with pytest.raises(toolchain.Missing, match=r"nvcc was not found \(.*/home/bin/nvcc\)"):
+        toolchain.nvcc()
+    tool("home/bin/nvcc", "#$ TOP=/usr/local\nV11.8.89")
+    with pytest.raises(
+        toolchain.Missing, match=r"nvcc must be 12\.5 or later; .*/home/bin/nvcc is 11\.8\.89"
+    ):
+        toolchain.nvcc()
+
+
+def test_finds_ninja_of_the_path(monkeypatch, tool):
+    """As in pip's build isolation, where ninja is importable and its program is elsewhere than Python's."""
+    path = tool("overlay/bin/ninja")
+    monkeypatch.setattr(toolchain.sys, "executable", str(path.parents[2] / "environment" / "bin" / "python"))
+    monkeypatch.setitem(sys.modules, "ninja", SimpleNamespace(BIN_DIR="", __spec__=object()))
+    monkeypatch.setenv("PATH", str(path.parent))
+    assert toolchain.ninja() == str(path)
+    path.unlink()
+    with pytest.raises(toolchain.Missing, match="ninja was not found"):
+        toolchain.ninja()
+
+
+@pytest.mark.parametrize(
+    ("said", "brief"),
+    [
+        ("[1/1] FAILED: a.o\ng++ -c a.cpp -o a.o\na.cpp:1: error: no\n", "a.cpp:1: error: no"),
+        (
+            "[2/2] a.so\nFAILED: a.so\ng++ -o a.so a.o\n/bin/sh: 1: mv: not found\n",
+            "/bin/sh: 1: mv: not found",
+        ),
+        ("ninja: Entering directory `b'\n[1/2] a.cpp\nFAILED: a.o\ng++ -o a.o\nKilled\n", "Killed"),
+        (
+            "[3/3] a.so\na.cpp:(.text+0x9): undefined reference to `f()'\ncollect2: error: ld returned 1\n",
+            "a.cpp:(.text+0x9): undefined reference to `f()'; collect2: error: ld returned 1",
+        ),
+    ],
+)
+def test_the_brief_of_a_failure_is_what_failed(said, brief):
+    assert BuildError(said).brief == brief
+
+
+@needs_compiler
+def test_an_interrupted_link_leaves_the_earlier_library(tmp_path):
+    source, library = tmp_path / "one.cpp", tmp_path / "out" / "one.so"
+    source.write_text("int one() { return 1; }\n")
+    compile_ = [shutil.which("c++") or "", "-fPIC", "-c", "$in", "-o", "$out"]
+
+    def build(linker: list[str]) -> None:
+        ninja = NinjaFile(tmp_path / "out")
+        ninja.compile(tmp_path / "out" / "one.o", source, [*compile_, "-MD", "-MF", "$out.d"])
+        ninja.link(library, [tmp_path / "out" / "one.o"], linker)
+        ninja.run(jobs=1)
+
+    build(["cp", "$in", "$out"])
+    whole = library.read_bytes()
+    with pytest.raises(BuildError):
+        build(["sh", "-c", 'echo half > "$0"; exit 1', "$out"])
+    assert library.read_bytes() == whole
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_what_an_earlier_build_left_goes(monkeypatch, tmp_path, inplace):
+    """A module of the tree stays; of a build folder, which a wheel is packed from, nothing does."""
+    monkeypatch.setattr(commands, "ROOT", tmp_path)
+    monkeypatch.setattr(commands, "LIBRARIES", tmp_path / "kronafuse" / "lib")
+    monkeypatch.setattr(building, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(record, "BUILD", tmp_path / "build")
+    for name in ("KRONAFUSE_BUILD_CPU", "KRONAFUSE_BUILD_CUDA"):
+        monkeypatch.setenv(name, "0")
+    command = commands.build_native(Distribution())
+    command.inplace, command.build_lib = inplace, str(tmp_path / "build" / "lib")
+    package = command.folder.parent
+    package.mkdir(parents=True)
+    for name in ("_C.cpython-311-x86_64-linux-gnu.so", "module.py"):
+        (package / name).touch()
+    command.run()
+    assert {path.name for path in package.iterdir()} == ({"lib", "module.py"} if inplace else {"lib"})
+    assert json.loads((package / "lib" / record.NAME).read_text())["cpu"]["built"] is False
+
+
+def test_elsewhere_than_on_linux_nothing_is_built(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(toolchain, "cxx", toolchain.cxx.__wrapped__)
+    monkeypatch.setattr(building, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(record, "BUILD", tmp_path / "build")
+    building.build(tmp_path, Switches())
+    entries = json.loads((tmp_path / record.NAME).read_text())
+    reason = "native libraries are built on Linux only; this is win32"
+    assert entries == {key: {"built": False, "reason": reason} for key in ("cpu", "cuda")}
 
 
 def test_a_failed_compilation_is_a_reason(monkeypatch, tmp_path, capsys):

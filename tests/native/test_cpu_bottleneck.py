@@ -97,6 +97,16 @@ def test_activations_are_torchs(dtype):
                 torch.testing.assert_close(actual[special].double(), expected[special], equal_nan=True)
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "silu", "gelu"])
+def test_closed_gates_are_closed(activation):
+    """Far below 0 a gate is 0, not a small number that a huge input makes large; of the derivative the same."""
+    x, one = torch.tensor([[-1e4], [-1e30], [-3e38]], requires_grad=True), torch.ones(1, 1)
+    y = bottleneck(x, None, one, one, activation=activation, impl="cpu")
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert not y.any()
+    assert not dx.any()
+
+
 @pytest.mark.parametrize("residual", ["x", "other", "none"])
 @pytest.mark.parametrize("factor", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("stream", [torch.float32, torch.float64, torch.float16])

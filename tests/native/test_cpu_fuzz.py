@@ -71,3 +71,15 @@ def test_rejects_by_rule():
         "source must be float64, float32, bfloat16 or float16",
     )
     refuses(lambda: ops.cast(t(1, 1, 1, 1, 1), t(2, 3)), "source must have at most 4 dimensions; got 5")
+
+
+def test_rejects_products_of_sizes_past_64_bits():
+    """Expanded views reach any size with one element of memory."""
+    ops, one = native.cpu(), torch.ones(1)
+    rows = one.expand(1, 2**62)
+    nothing = (None, None, None, None)
+    refuses(
+        lambda: ops.mix(one.expand(1, 2**62, 1), rows, *nothing, 1.0, False, one.new_empty(1, 1, 1)),
+        rf"left must have at most 2\^48 elements; dimension 1 of 2 has {2**62}",
+    )
+    refuses(lambda: ops.cast(one.expand(2**30, 2**20), one.new_empty(1, 1)), r"at most 2\^48 elements")

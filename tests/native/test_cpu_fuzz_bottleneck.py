@@ -74,3 +74,18 @@ def test_backward_rejects_by_rule():
     refuses(r"pre must be \(4, 8\); got \(0\)", pre=rand(0))
     refuses(r"elements of ddown_bias must not share memory; got strides \(0\)", ddown_bias=rand(1).expand(8))
     refuses("dscale must have one element; got", dscale=rand(2))
+
+
+def test_rejects_products_of_sizes_past_64_bits():
+    """Expanded views reach any size with one element of memory."""
+    one = rand(1)
+    refuses_forward(
+        rf"x must have at most 2\^48 elements; dimension 1 of 2 has {2**62}",
+        x=one.expand(1, 2**62), down=one.expand(1, 2**62), up=rand(1, 1), y=rand(1, 1), pre=rand(0),
+    )  # fmt: skip
+    width = 2**47
+    refuses_forward(
+        f"a buffer of {width} floats: sizes out of range",
+        x=rand(2**15, 1), down=one.as_strided((width, 1), (0, 1)), up=one.as_strided((1, width), (1, 0)),
+        y=rand(2**15, 1), pre=rand(0),
+    )  # fmt: skip

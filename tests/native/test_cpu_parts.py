@@ -13,8 +13,7 @@ from kronafuse.testing.cases import ODD_CASES
 from kronafuse.testing.inputs import case_inputs
 
 FAT = [
-    "fat_b_first",
-    "fat_b_first_shuffled",
+    "many_tokens_b_first",
     "fat_a_first",
     "low_rank_fat",
     "a_absent",
@@ -47,19 +46,22 @@ def small_chunks(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("name", FAT)
 def test_fat_terms(name, options, dtype, small_chunks):
     """y and every gradient, from float32 factors, alone and with bias, base and a second term."""
-    x, layer = case_inputs(ODD_CASES[name], dtype, factor_dtype=torch.float32, **options)
+    x, layer = case_inputs(ODD_CASES[name], dtype, tokens=23, factor_dtype=torch.float32, **options)
     check_group(partial(kron_linear_group, impl="cpu"), x, [layer])
-    expected = 0 if name == "low_rank_fat" or "weight" in options else len(layer.terms)
-    assert len(small_chunks) in (expected, 0)
+    whole = name in ("low_rank_fat", "a_absent") or "weight" in options
+    assert len(small_chunks) == (0 if whole else len(layer.terms))
 
 
 @pytest.mark.parametrize(
     "wanted", [["x"], ["x", "a0.0"], ["x", "b0.0"], ["a0.0", "b0.0"], ["a0.0"], ["b0.0"]]
 )
-@pytest.mark.parametrize("name", ["fat_b_first", "fat_a_first", "fat_b_first_shuffled"])
-def test_some_gradients(name, wanted, small_chunks):
-    x, layer = case_inputs(ODD_CASES[name], torch.float32)
+@pytest.mark.parametrize("row_scale", [False, True])
+@pytest.mark.parametrize("name", ["many_tokens_b_first", "fat_a_first", "primes_shuffled"])
+def test_some_gradients(name, row_scale, wanted, small_chunks):
+    x, layer = case_inputs(ODD_CASES[name], torch.float32, tokens=23, row_scale=row_scale)
     check_group(partial(kron_linear_group, impl="cpu"), x, [layer], wanted=wanted)
+    from_dy = "b0.0" if name == "fat_a_first" else "a0.0"
+    assert len(small_chunks) == (from_dy in wanted and len(wanted) == 2)
 
 
 def test_layers_of_a_group_add_up(small_chunks):

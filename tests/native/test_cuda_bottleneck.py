@@ -229,6 +229,7 @@ def test_refuses(cuda_ops):
     refuse(r"y must be \(4, 24\); got \(5, 24\)", y=rand(5, 24))
     refuse(r"y must be contiguous; got strides \(1, 4\)", y=rand(24, 4).t())
     refuse(r"pre must be \(4, 8\); got \(4, 9\)", pre=rand(4, 9))
+    refuse("pre must lie on 4 bytes where H is even; got H = 8", pre=rand(33)[1:].view(4, 8))
     refuse("pre must be float16 or bfloat16; got float32", pre=rand(4, 8).float())
     refuse(r"down_bias must be \(H,\) = \(8,\); got \(9\)", down_bias=rand(9))
     refuse("activation must be from 0 to 4; got 7", activation=7)

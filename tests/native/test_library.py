@@ -18,17 +18,8 @@ ALLOWED = {
     "libtorch_cpu.so", "libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0",
     "librt.so.1", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1",
 }  # fmt: skip
-LIBRARIES = {"cpu": native.CPU, "cuda": native.CUDA}
-
-
-def library(key: str) -> Path:
-    """The library in the package; skips where the machine has no compiler for it, fails where it did not compile."""
-    entry = native.build_record().get(key, {})
-    if not entry.get("built"):
-        reason = entry.get("reason", "nothing was built: make native")
-        assert "did not compile" not in reason, reason
-        pytest.skip(reason)
-    return native.LIBRARIES / LIBRARIES[key]
+LIBRARIES = ("cpu", "cuda")
+library = objects.built_library
 
 
 @pytest.mark.parametrize("key", LIBRARIES)

@@ -23,12 +23,7 @@ LARGEST = 227 * 1024
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    entry = native.build_record().get("cuda", {})
-    if not entry.get("built"):
-        reason = entry.get("reason", "nothing was built: make native")
-        assert "did not compile" not in reason, reason
-        pytest.skip(reason)
-    return native.LIBRARIES / native.CUDA
+    return objects.built_library("cuda")
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +105,13 @@ def test_configurations_fit(introspection):
 def test_every_table_of_configurations_is_shown(introspection):
     """A table in a header that csrc/python/configurations.h forgets would be unknown to `kronafuse doctor`."""
     shown = (CSRC / "python" / "configurations.h").read_text()
-    for header in sorted((CSRC / "cuda").rglob("*configs*.h")):
-        tables = re.findall(r"^(?:inline )?constexpr Configuration (\w+)\[\]", header.read_text(), re.M)
-        assert all(re.search(rf"\b{table}\b", shown) for table in tables), f"{header.name}: {tables}"
+    declared = [
+        table
+        for header in sorted((CSRC / "cuda").rglob("*.h"))
+        for table in re.findall(r"^(?:inline )?constexpr Configuration (\w+)\[\]", header.read_text(), re.M)
+    ]
+    assert len(declared) == len(introspection.configurations())
+    assert not [table for table in declared if not re.search(rf"\b{table}\b", shown)]
 
 
 def test_sm90a_files_are_where_their_name_says():

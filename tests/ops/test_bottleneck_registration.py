@@ -13,6 +13,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 RESIDUALS = ("x", "other", "none")
+ON_CPUS = pytest.mark.parametrize("impl", ["eager", "cpu"])
+"""Both that a CPU has."""
 
 
 def raw_arguments(
@@ -69,9 +71,10 @@ def factors(features: int = 48, width: int = 6) -> dict[str, torch.Tensor]:
     return {name: tensor.requires_grad_() for name, tensor in tensors.items() if name != "x"}
 
 
-def test_second_derivatives_raise():
+@ON_CPUS
+def test_second_derivatives_raise(impl):
     x = torch.randn(3, 48, requires_grad=True)
-    y = bottleneck(x, x, **factors(), impl="eager")
+    y = bottleneck(x, x, **factors(), impl=impl)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="bottleneck: second derivatives are not implemented"):
         dx.sum().backward()
@@ -147,13 +150,14 @@ def test_compile_fullgraph_one_graph_for_scales_and_tokens(residual, impl):
     assert counter.frame_count == 1
 
 
-def test_compile_fullgraph_with_inductor():
+@ON_CPUS
+def test_compile_fullgraph_with_inductor(impl):
     torch._dynamo.reset()
     named, scale = factors(), torch.tensor(0.5, requires_grad=True)
 
     def block(x):
         hidden = torch.nn.functional.layer_norm(x, (48,))
-        return bottleneck(x * 2, hidden, **named, activation="gelu", scale=scale, impl="eager") + 1
+        return bottleneck(x * 2, hidden, **named, activation="gelu", scale=scale, impl=impl) + 1
 
     x = torch.randn(2, 5, 48, requires_grad=True)
     ours, expected = torch.compile(block, fullgraph=True)(x), block(x)
@@ -176,13 +180,14 @@ def test_compile_fullgraph_where_nothing_requires_grad(grad):
         torch.testing.assert_close(compiled(x), bottleneck(x, x, **named, scale=0.5))
 
 
-def test_compile_fullgraph_of_tied_factors():
+@ON_CPUS
+def test_compile_fullgraph_of_tied_factors(impl):
     """One tensor in two places."""
     torch._dynamo.reset()
     bias, square = torch.randn(8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
 
     def function(x):
-        return bottleneck(x, None, square, square, down_bias=bias, up_bias=bias, impl="eager")
+        return bottleneck(x, None, square, square, down_bias=bias, up_bias=bias, impl=impl)
 
     x = torch.randn(5, 8, requires_grad=True)
     ours, expected = torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x)
@@ -192,8 +197,9 @@ def test_compile_fullgraph_of_tied_factors():
     )
 
 
+@ON_CPUS
 @pytest.mark.parametrize("strict", [True, False])
-def test_export(strict):
+def test_export(strict, impl):
     class Layer(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -204,7 +210,7 @@ def test_export(strict):
         def forward(self, x):
             names = ("down", "up", "down_bias", "up_bias")
             down, up, down_bias, up_bias = (self.factors[name] for name in names)
-            return bottleneck(x, x, down, up, down_bias=down_bias, up_bias=up_bias, scale=0.5, impl="eager")
+            return bottleneck(x, x, down, up, down_bias=down_bias, up_bias=up_bias, scale=0.5, impl=impl)
 
     layer = Layer()
     tokens = torch.export.Dim("tokens", min=2, max=64)
@@ -296,14 +302,15 @@ def test_autocast_leaves_float64_alone():
         assert bottleneck(x, x, **factors(), impl="eager").dtype == torch.float64
 
 
-def test_a_float32_stream_is_kept_once_under_autocast():
+@ON_CPUS
+def test_a_float32_stream_is_kept_once_under_autocast(impl):
     """What is saved of x is x itself, not a copy in 16 bits."""
     x, kept = torch.randn(16, 48, requires_grad=True), []
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
     ):
-        bottleneck(x, x, **factors(), impl="eager")
+        bottleneck(x, x, **factors(), impl=impl)
     wide = [each for each in kept if each.numel() >= x.numel()]
     assert [each.data_ptr() for each in wide if each.shape == x.shape] == [x.data_ptr()]
 
@@ -330,13 +337,14 @@ def test_outputs_are_contiguous_whatever_the_inputs(residual, impl):
     assert dx.is_contiguous()
 
 
+@ON_CPUS
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing(use_reentrant):
+def test_activation_checkpointing(use_reentrant, impl):
     named, x, dy = factors(), torch.randn(5, 48, requires_grad=True), torch.randn(5, 48)
 
     def block(x):
         stream = torch.tanh(x)
-        return bottleneck(stream, stream, **named, impl="eager")
+        return bottleneck(stream, stream, **named, impl=impl)
 
     leaves = (x, *named.values())
     expected = torch.autograd.grad(block(x), leaves, dy)
@@ -344,28 +352,29 @@ def test_activation_checkpointing(use_reentrant):
     torch.testing.assert_close(tuple(each.grad for each in leaves), expected)
 
 
-def test_deterministic_mode():
+@ON_CPUS
+def test_deterministic_mode(impl):
     named, x = factors(), torch.randn(5, 48, requires_grad=True)
     leaves = (x, *named.values())
     torch.use_deterministic_algorithms(True)
     try:
         first, second = (
-            torch.autograd.grad(bottleneck(x, x, **named, impl="eager").square().sum(), leaves)
-            for _ in range(2)
+            torch.autograd.grad(bottleneck(x, x, **named, impl=impl).square().sum(), leaves) for _ in range(2)
         )
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 
+@ON_CPUS
 @pytest.mark.parametrize("name", ["down", "up", "up_bias"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_func_grad(name, nested):
+def test_func_grad(name, nested, impl):
     """torch.func sees through the Function, also beneath a transform over another tensor."""
     named, x = {key: tensor.detach() for key, tensor in factors().items()}, torch.randn(5, 48)
 
     def loss(value):
-        return bottleneck(x, x, **{**named, name: value}, impl="eager").square().sum()
+        return bottleneck(x, x, **{**named, name: value}, impl=impl).square().sum()
 
     leaf = named[name].clone().requires_grad_()
     (expected,) = torch.autograd.grad(loss(leaf), leaf)
@@ -379,12 +388,13 @@ def test_func_grad(name, nested):
     torch.testing.assert_close(found, expected)
 
 
-def test_outputs_alias_nothing():
+@ON_CPUS
+def test_outputs_alias_nothing(impl):
     """Even a delta of 0 gives a new tensor, and it may be changed in place, with a gradient to come."""
     x = torch.randn(2, 3, 8, requires_grad=True)
     down, up = torch.zeros(4, 8), torch.zeros(8, 4)
     for residual in (x, x.detach().clone(), None):
-        y = bottleneck(x, residual, down, up, scale=0.0, impl="eager")
+        y = bottleneck(x, residual, down, up, scale=0.0, impl=impl)
         before = None if residual is None else residual.detach().clone()
         y += 1
         assert residual is None or torch.equal(residual.detach(), before)

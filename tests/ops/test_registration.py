@@ -14,6 +14,8 @@ from kronafuse.testing.inputs import case_inputs
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
+ON_CPUS = pytest.mark.parametrize("impl", ["eager", "cpu"])
+"""Both that a CPU has."""
 GRADCHECKED = (
     "primes",
     "primes_shuffled",
@@ -26,27 +28,31 @@ GRADCHECKED = (
 )
 
 
-def raw_arguments(case: str, dtype: torch.dtype = torch.float32, *, requires_grad: bool = False):
+def raw_arguments(
+    case: str, dtype: torch.dtype = torch.float32, *, impl: str = "eager", requires_grad: bool = False
+):
     """Arguments of the raw forward op, flat."""
     x, layer = case_inputs(ODD_CASES[case], dtype, base=True, row_scale=True, tokens=5)
     (term,) = layer.terms
     tensors = [x, layer.weight, layer.bias, layer.base, term.a, term.b, term.b_down, None, term.row_scale]
     if requires_grad:
         tensors = [None if each is None else each.requires_grad_() for each in tensors]
-    layout = ("kron_linear", "eager", [1], [0.5], [term.shuffled])
+    layout = ("kron_linear", impl, [1], [0.5], [term.shuffled])
     return tensors[0], tensors[1:4], tensors[4:], layout
 
 
+@pytest.mark.parametrize("impl", ["eager", "cpu"])
 @pytest.mark.parametrize("case", ["primes", "low_rank", "lora_shuffled", "empty"])
-def test_opcheck_forward(case):
-    x, layer_tensors, term_tensors, layout = raw_arguments(case)
+def test_opcheck_forward(case, impl):
+    x, layer_tensors, term_tensors, layout = raw_arguments(case, impl=impl)
     torch.library.opcheck(torch.ops.kronafuse.kron_forward, (x, layer_tensors, term_tensors, *layout))
 
 
+@pytest.mark.parametrize("impl", ["eager", "cpu"])
 @pytest.mark.parametrize("case", ["primes", "low_rank", "lora_shuffled", "empty"])
 @pytest.mark.parametrize("needed", [True, False])
-def test_opcheck_backward(case, needed):
-    x, layer_tensors, term_tensors, layout = raw_arguments(case)
+def test_opcheck_backward(case, needed, impl):
+    x, layer_tensors, term_tensors, layout = raw_arguments(case, impl=impl)
     y, saved = torch.ops.kronafuse.kron_forward(x, layer_tensors, term_tensors, *layout)
     present = [x, *layer_tensors[:2], *term_tensors]
     needs = [each is not None and needed for each in present]
@@ -93,9 +99,10 @@ def test_gradcheck_public_functions(function, case):
     assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
 
 
-def test_second_derivatives_raise():
+@ON_CPUS
+def test_second_derivatives_raise(impl):
     x = torch.randn(3, 8, requires_grad=True)
-    y = kron_delta(x, torch.randn(2, 2), torch.randn(3, 4), impl="eager")
+    y = kron_delta(x, torch.randn(2, 2), torch.randn(3, 4), impl=impl)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="kron_delta: second derivatives are not implemented"):
         dx.sum().backward()
@@ -107,7 +114,7 @@ def compiled_layers():
     return weight, a, b
 
 
-@pytest.mark.parametrize("impl", ["eager", "auto"])
+@pytest.mark.parametrize("impl", ["eager", "cpu", "auto"])
 def test_compile_fullgraph_one_graph_for_scales_and_tokens(impl):
     """Floats that change, tokens that change: one graph, equal results, equal gradients."""
     torch._dynamo.reset()
@@ -127,7 +134,8 @@ def test_compile_fullgraph_one_graph_for_scales_and_tokens(impl):
     assert counter.frame_count == 1
 
 
-def test_compile_fullgraph_with_inductor_group():
+@ON_CPUS
+def test_compile_fullgraph_with_inductor_group(impl):
     """q, k and v through inductor, forward and backward; the op stays visible as one call."""
     torch._dynamo.reset()
     weight, a, b = compiled_layers()
@@ -139,7 +147,7 @@ def test_compile_fullgraph_with_inductor_group():
             FrozenLinear(weight),
             FrozenLinear(weight),
         ]
-        q, k, v = kron_linear_group(x * 2, layers, impl="eager")
+        q, k, v = kron_linear_group(x * 2, layers, impl=impl)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     x = torch.randn(1, 6, 48, requires_grad=True)
@@ -151,8 +159,9 @@ def test_compile_fullgraph_with_inductor_group():
     )
 
 
+@ON_CPUS
 @pytest.mark.parametrize("strict", [True, False])
-def test_export(strict):
+def test_export(strict, impl):
     class Layer(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -161,7 +170,7 @@ def test_export(strict):
             self.a, self.b = torch.nn.Parameter(a.detach()), torch.nn.Parameter(b.detach())
 
         def forward(self, x):
-            return kron_linear(x, self.weight, self.a, self.b, scale=0.5, impl="eager")
+            return kron_linear(x, self.weight, self.a, self.b, scale=0.5, impl=impl)
 
     layer = Layer()
     tokens = torch.export.Dim("tokens", min=2, max=64)
@@ -189,14 +198,15 @@ def test_autocast_takes_its_dtype_and_backward_stays_in_it(dtype):
     torch.testing.assert_close(grads, expected)
 
 
-def test_autocast_casts_the_weight_of_a_layer_whose_input_is_low_already():
+@ON_CPUS
+def test_autocast_casts_the_weight_of_a_layer_whose_input_is_low_already(impl):
     """In an autocast region the second layer's x is 16 bits wide and its weight is not."""
     weight, a, b = compiled_layers()
     low, base = torch.randn(5, 48).to(torch.bfloat16), torch.randn(5, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = kron_linear(low, weight, a, b, impl="eager")
-        assert kron_delta(low, a, b, base=base, impl="eager").dtype == torch.bfloat16
-    assert torch.equal(y, kron_linear(low, weight.to(torch.bfloat16), a, b, impl="eager"))
+        y = kron_linear(low, weight, a, b, impl=impl)
+        assert kron_delta(low, a, b, base=base, impl=impl).dtype == torch.bfloat16
+    assert torch.equal(y, kron_linear(low, weight.to(torch.bfloat16), a, b, impl=impl))
 
 
 def test_autocast_does_not_touch_a_merge():
@@ -263,12 +273,13 @@ def test_outputs_are_contiguous_whatever_the_inputs(case, impl):
     assert dx.shape == x.shape
 
 
-def test_x_is_not_kept_where_only_dx_is_wanted():
+@ON_CPUS
+def test_x_is_not_kept_where_only_dx_is_wanted(impl):
     weight, a, b = (each.detach() for each in compiled_layers())
     x = torch.randn(5, 48, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = kron_linear(x, weight, a, b, impl="eager")
+        y = kron_linear(x, weight, a, b, impl=impl)
     assert not any(t.data_ptr() == x.data_ptr() for t in kept)
     dy = torch.randn_like(y)
     expected = torch.autograd.grad(kron_linear(x, weight, a, b, impl="reference"), x, dy)
@@ -281,13 +292,14 @@ def test_autocast_leaves_float64_alone():
         assert kron_delta(x, a, b, impl="eager").dtype == torch.float64
 
 
-def test_bfloat16_x_is_not_copied_for_float32_factors():
+@ON_CPUS
+def test_bfloat16_x_is_not_copied_for_float32_factors(impl):
     """fp32 factors on bf16 activations: what is saved of x is x itself."""
     x = torch.randn(16, 48, dtype=torch.bfloat16, requires_grad=True)
     _, a, b = compiled_layers()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = kron_delta(x, a, b, impl="eager")
+        y = kron_delta(x, a, b, impl=impl)
     assert y.dtype == torch.bfloat16
     assert any(t.data_ptr() == x.data_ptr() and t.dtype == torch.bfloat16 for t in kept)
     assert not any(
@@ -295,13 +307,14 @@ def test_bfloat16_x_is_not_copied_for_float32_factors():
     )
 
 
+@ON_CPUS
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing(use_reentrant):
+def test_activation_checkpointing(use_reentrant, impl):
     weight, a, b = compiled_layers()
     x = torch.randn(5, 48, requires_grad=True)
 
     def block(x):
-        return kron_linear(torch.tanh(x), weight, a, b, impl="eager")
+        return kron_linear(torch.tanh(x), weight, a, b, impl=impl)
 
     dy = torch.randn(5, 64)
     expected = torch.autograd.grad(block(x), (x, a, b), dy)
@@ -309,8 +322,9 @@ def test_activation_checkpointing(use_reentrant):
     torch.testing.assert_close((x.grad, a.grad, b.grad), expected)
 
 
+@ON_CPUS
 @pytest.mark.parametrize("profiled", ["forward", "backward"])
-def test_checkpointing_under_a_profiler_of_one_pass(profiled):
+def test_checkpointing_under_a_profiler_of_one_pass(profiled, impl):
     """What is saved does not depend on who watches: a fat T is held beside what checkpointing counts."""
     weight, a = torch.randn(48, 48), torch.randn(6, 6, requires_grad=True)
     b = torch.randn(8, 8, requires_grad=True)
@@ -318,7 +332,7 @@ def test_checkpointing_under_a_profiler_of_one_pass(profiled):
     dy = torch.randn(16, 48)
 
     def block(x):
-        return kron_linear(torch.tanh(x), weight, a, b, impl="eager")
+        return kron_linear(torch.tanh(x), weight, a, b, impl=impl)
 
     expected = torch.autograd.grad(block(x), (x, a, b), dy)
     watched, plain = torch.profiler.profile(), nullcontext()
@@ -342,36 +356,39 @@ def test_views_that_stand_for_negated_values(grad):
     torch.testing.assert_close(y, expected)
 
 
-def test_deterministic_mode():
+@ON_CPUS
+def test_deterministic_mode(impl):
     weight, a, b = compiled_layers()
     x = torch.randn(5, 48, requires_grad=True)
     torch.use_deterministic_algorithms(True)
     try:
         first, second = (
-            torch.autograd.grad(kron_linear(x, weight, a, b, impl="eager").sum(), (x, a, b)) for _ in range(2)
+            torch.autograd.grad(kron_linear(x, weight, a, b, impl=impl).sum(), (x, a, b)) for _ in range(2)
         )
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 
-def test_func_grad():
+@ON_CPUS
+def test_func_grad(impl):
     """torch.func sees through the Function, whose context is set up apart from its forward."""
     weight, a, b = compiled_layers()
     x = torch.randn(5, 48)
 
     def loss(a):
-        return kron_linear(x, weight, a, b, impl="eager").square().sum()
+        return kron_linear(x, weight, a, b, impl=impl).square().sum()
 
     expected = torch.autograd.grad(loss(a), a)[0]
     torch.testing.assert_close(torch.func.grad(loss)(a.detach()), expected)
 
 
-def test_outputs_alias_nothing():
+@ON_CPUS
+def test_outputs_alias_nothing(impl):
     """Even a layer that only passes its base on gives a new tensor."""
     x, base = torch.randn(3, 8), torch.randn(3, 6)
     a, b = torch.zeros(2, 2), torch.zeros(3, 4)
-    y = kron_delta(x, a, b, base=base, scale=0.0, impl="eager")
+    y = kron_delta(x, a, b, base=base, scale=0.0, impl=impl)
     y.add_(1.0)
     assert not torch.equal(y, base)
 

@@ -45,7 +45,8 @@ struct Gate {
 KF_INLINE Gate gate_of(Vector value) {
   const Vector power = exponential(-value);
   const Vector open = 1.0f / (1.0f + power);
-  return {open, open * power};
+  // Below what a normal number holds it is 0: times a huge value, the exponential's bound would be no small number.
+  return {value < broadcast(-88.0f) ? Vector{} : open, open * power};
 }
 
 struct Normal {

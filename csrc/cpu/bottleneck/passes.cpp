@@ -24,6 +24,14 @@ HiddenRows hidden_rows(const View& view, int64_t activation) {
 
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
+// That hold rows · columns elements: sizes of two expanded factors may have any product.
+int64_t floats_of(DType dtype, int64_t rows, int64_t columns) {
+  int64_t size_bytes = 0;
+  KF_CHECK(!__builtin_mul_overflow(rows, columns * size_of(dtype), &size_bytes), "bottleneck: a buffer of ", rows, " by ",
+           columns, " elements: sizes out of range");
+  return blocks_of(size_bytes, 4);
+}
+
 bool is_plain(const View& view) {
   return (view.dtype == DType::f32 || view.dtype == DType::bf16) && (view.stride[1] == 1 || view.size[1] == 1);
 }
@@ -98,7 +106,7 @@ void copy_rows(const void* source, int64_t stride, const View& out) {
 }  // namespace
 
 Scratch::Scratch(DType dtype, int64_t rows, int64_t columns)
-    : memory_(blocks_of(rows * columns * size_of(dtype), 4)), view_(matrix(memory_.data(), dtype, rows, columns)) {}
+    : memory_(floats_of(dtype, rows, columns)), view_(matrix(memory_.data(), dtype, rows, columns)) {}
 
 View Scratch::rows(int64_t count) const { return some_rows(view_, 0, count); }
 
