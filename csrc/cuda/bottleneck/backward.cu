@@ -15,7 +15,7 @@ void check_bias(const char* name, const char* letter, const std::optional<View>&
 
 void check_hidden(const char* name, const std::optional<View>& view, const BackwardCall& call) {
   if (!view) return;
-  check_contiguous(BACKWARD, name, *view, call.dy.size[0], call.down.size[0]);
+  check_written_hidden(BACKWARD, name, *view, call.dy.size[0], call.down.size[0]);
   KF_CHECK(view->dtype == call.pre.dtype, BACKWARD, ": ", name, " must be ", call.pre.dtype, " like pre; got ",
            view->dtype);
 }

@@ -17,7 +17,7 @@ void check(const ForwardCall& call, bool keeps) {
   check_contiguous(FORWARD, "y", call.y, tokens, features);
   KF_CHECK(keeps || (call.pre.dim == 1 && call.pre.empty()), FORWARD, ": pre must be (", tokens, ", ", width,
            "), or (0) where it is not kept; got ", Shape{call.pre});
-  if (keeps) check_contiguous(FORWARD, "pre", call.pre, tokens, width);
+  if (keeps) check_written_hidden(FORWARD, "pre", call.pre, tokens, width);
   if (call.residual) {
     KF_CHECK(call.residual->dim == 2 && call.residual->size[0] == tokens && call.residual->size[1] == features, FORWARD,
              ": residual must be (M, N) = (", tokens, ", ", features, "); got ", Shape{*call.residual});

@@ -102,4 +102,11 @@ void check_contiguous(const char* op, const char* name, const View& view, int64_
   KF_CHECK(contiguous || view.empty(), op, ": ", name, " must be contiguous; got strides ", Strides{view});
 }
 
+void check_written_hidden(const char* op, const char* name, const View& view, int64_t rows, int64_t width) {
+  check_contiguous(op, name, view, rows, width);
+  const auto beyond = reinterpret_cast<uintptr_t>(view.data) % 4;
+  KF_CHECK(width % 2 != 0 || beyond == 0, op, ": ", name, " must lie on 4 bytes where H is even; got H = ", width,
+           " and an address that is ", beyond, " beyond");
+}
+
 }  // namespace kronafuse::cuda::bottleneck

@@ -28,5 +28,8 @@ Factors ready_factors(const char* op, const View& down, const View& up, DType co
 // Checks of shapes that both directions share: factors, scale, activation.
 void check_factors(const char* op, const View& down, const View& up, const View* scale, int64_t activation, DType compute);
 void check_contiguous(const char* op, const char* name, const View& view, int64_t rows, int64_t columns);
+// A (M, H) tensor in the compute dtype that the kernel writes: contiguous, and where H is even on 4 bytes, since it
+// stores two elements at a time then.
+void check_written_hidden(const char* op, const char* name, const View& view, int64_t rows, int64_t width);
 
 }  // namespace kronafuse::cuda::bottleneck

@@ -30,6 +30,8 @@ def shrink(x: Tensor, maps: Sequence[KronMap]) -> list[Tensor]:
 
     Maps that read the same rows of x share the read; so do thin maps of any orders.
     """
+    if len(maps) == 1:
+        return _shrink_rows(x, maps)
     results: dict[int, Tensor] = {}
     for read in route.shared_reads(maps, calls.SLOTS):
         chosen = [maps[index] for index in read.indices]

@@ -140,42 +140,74 @@ class Producer {
     }
   }
 
-  // In any strides, two elements at a time: this path must not take registers from the other.
+  // Elements begin .. end - 1 of eight that are `stride` apart, zeros for the others. Asked for together: in the others'
+  // place stands the nearest, so that no branch parts the loads.
+  template <class Source>
+  static KF_DEVICE Vec16<T> gathered(const Source* from, int64_t stride, int begin, int end) {
+    Vec16<T> values = {};
+    if (begin >= end || begin >= Traits::kChunk || end <= 0) return values;
+    Source found[Traits::kChunk];
+#pragma unroll
+    for (int e = 0; e < Traits::kChunk; ++e) {
+      found[e] = from[(e < begin ? begin : e < end ? e : end - 1) * stride];
+    }
+#pragma unroll
+    for (int e = 0; e < Traits::kChunk; ++e) {
+      if (e >= begin && e < end) values[e] = from_float<T>(to_float(found[e]));
+    }
+    return values;
+  }
+
+  static KF_DEVICE Vec16<T> gathered(const Operand& operand, int64_t first, int64_t stride, int begin, int end) {
+    if (operand.is_float32) return gathered(static_cast<const float*>(operand.data) + first, stride, begin, end);
+    return gathered(static_cast<const T*>(operand.data) + first, stride, begin, end);
+  }
+
+  // In any strides, a chunk at a time: this path must not take registers from the other.
   KF_DEVICE void gather_a(unsigned char* tile) const {
     const Operand& a = segment().a;
+    const int first = k_ + a_chunk_ * Traits::kChunk;
 #pragma unroll 1
     for (int row = a_row_; row < Traits::kTileM; row += Traits::kARows) {
-      const int first = k_ + a_chunk_ * Traits::kChunk;
       const T* from = a_data_ + token(row) * a.stride_row + first * a.stride_k;
-      uint32_t* target = reinterpret_cast<uint32_t*>(tile + Traits::offset_k(row, a_chunk_));
-#pragma unroll 1
-      for (int e = 0; e < Traits::kChunk; e += 2) {
-        const T low = first + e < length_ ? from[e * a.stride_k] : T{};
-        const T high = first + e + 1 < length_ ? from[(e + 1) * a.stride_k] : T{};
-        target[e / 2] = pack2<T>(low, high);
-      }
+      store_16(tile + Traits::offset_k(row, a_chunk_), gathered(from, a.stride_k, 0, length_ - first));
     }
   }
 
   KF_DEVICE void gather_b(unsigned char* tile) const {
+    const Operand& b = segment().b;
+    const bool grouped = index_ < groups_;
 #pragma unroll 1
     for (int i = 0; i < Traits::kBChunks; ++i) {
-      const int row = b_tile_row_ + i * Traits::kBRows;
-      uint32_t* target = reinterpret_cast<uint32_t*>(tile + Traits::offset_b(row, b_chunk_));
-#pragma unroll 1
-      for (int e = 0; e < Traits::kChunk; e += 2) {
-        const float low = b_element(row, b_chunk_ * Traits::kChunk + e);
-        target[e / 2] = pack2<T>(low, b_element(row, b_chunk_ * Traits::kChunk + e + 1));
+      const int tile_row = b_tile_row_ + i * Traits::kBRows;
+      unsigned char* target = tile + Traits::offset_b(tile_row, b_chunk_);
+      if constexpr (Traits::kTransposedB) {
+        const int column = first_n_ + b_chunk_ * Traits::kChunk, k = k_ + tile_row;
+        if (work_.columns.permuted && !grouped) {
+          scatter_columns(reinterpret_cast<T*>(target), column, k);
+          continue;
+        }
+        const int row = grouped ? column - (first_group_ + index_) * work_.columns.right : column;
+        const int rows = k >= length_ ? 0 : grouped ? work_.columns.right : work_.columns.count;
+        store_16(target, gathered(b, row * b.stride_row + k * b.stride_k, b.stride_row, -row, rows - row));
+      } else {
+        const int row = b_row(first_n_ + tile_row), k = k_ + b_chunk_ * Traits::kChunk;
+        const int end = row < 0 ? 0 : length_ - k;
+        store_16(target, gathered(b, row * b.stride_row + k * b.stride_k, b.stride_k, 0, end));
       }
     }
   }
 
-  KF_DEVICE float b_element(int tile_row, int along) const {
+  // Neighbouring columns of a permuted y are anywhere in b.
+  KF_DEVICE void scatter_columns(T* target, int column, int k) const {
     const Operand& b = segment().b;
-    const int64_t row = b_row(first_n_ + (Traits::kTransposedB ? along : tile_row));
-    const int k = k_ + (Traits::kTransposedB ? tile_row : along);
-    if (row < 0 || k >= length_) return 0.f;
-    return load_factor(b.data, row * b.stride_row + k * b.stride_k, b.is_float32, T{});
+#pragma unroll 1
+    for (int e = 0; e < Traits::kChunk; ++e) {
+      const int64_t row = b_row(column + e);
+      const bool valid = row >= 0 && k < length_;
+      target[e] = from_float<T>(
+          valid ? load_factor(b.data, row * b.stride_row + k * b.stride_k, b.is_float32, T{}) : 0.f);
+    }
   }
 
   const Work& work_;
