@@ -49,6 +49,7 @@ INSIDE_AN_OP = {
     "tuning": 1,
     "one_pass_tuning": 2,
     "reduction_tuning": 2,
+    "composed": 2,
     "reference": 2,
     "gradients": 2,
     "algorithm": 2,

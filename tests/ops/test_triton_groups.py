@@ -163,13 +163,7 @@ def watched(alive: list[int], *names: str) -> Any:
 
         return call
 
-    supplied = (
-        "CASTS_FACTORS", "shrink", "mix", "linear", "in_one_pass", "second_stages", "reduce", "reduce_shared",
-        "shrink_reduce",
-    )  # fmt: skip
-    return SimpleNamespace(
-        **{name: watch(name) if name in names else getattr(eager, name) for name in supplied}
-    )
+    return SimpleNamespace(**{**vars(eager), **{name: watch(name) for name in names}})
 
 
 def fat_layers(count: int) -> tuple[Tensor, list[FrozenLinear]]:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import sums
-from .maps import KronMap, first_rows, first_scale, inner_rows
+from . import composed, sums
+from .maps import KronMap
 
 CASTS_FACTORS: bool = False
 """torch's GEMMs take operands of one dtype: maps come with their factors cast."""
@@ -144,33 +144,6 @@ def row_dots(dy: Tensor, x: Tensor, kron: KronMap, inner: Tensor, dtype: torch.d
     return sums.dots_of(dy, linear(x, None, None, None, [kron], [inner]), dtype)
 
 
-def shrink_reduce(
-    x: Tensor,
-    maps: Sequence[KronMap],
-    others: Sequence[Tensor | None],
-    dtypes: Sequence[torch.dtype],
-    stages: None,
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """`shrink`, and Σ xᵀ other of each map's first factor, (F, O)."""
-    gradients = [
-        None
-        if other is None
-        else reduce(first_rows(kron, x), inner_rows(kron, other), 1.0, dtype, first_scale(kron))
-        for kron, other, dtype in zip(maps, others, dtypes, strict=True)
-    ]
-    return shrink(x, maps), gradients
-
-
-def reduce_shared(
-    x: Tensor, maps: Sequence[KronMap], others: Sequence[Tensor], dtypes: Sequence[torch.dtype], stages: None
-) -> list[Tensor]:
-    """Σ otherᵀ x of each map's first factor, (O, F)."""
-    return [
-        reduce(inner_rows(kron, other), first_rows(kron, x), 1.0, dtype)
-        for kron, other, dtype in zip(maps, others, dtypes, strict=True)
-    ]
-
-
 def reduce(
     p: Tensor,
     q: Tensor,
@@ -227,3 +200,6 @@ def _alpha(scale: float | Tensor, device: torch.device) -> tuple[float, Tensor |
 
 def _times(out: Tensor, rest: Tensor | None) -> Tensor:
     return out if rest is None else out * rest.to(out.dtype)
+
+
+shrink_reduce, reduce_shared = composed.shrink_reduce_of(shrink, reduce), composed.reduce_shared_of(reduce)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import native
 from ...planner import SMALL_BYTES
 from ..outputs import new_output
+from . import composed
 from .maps import KronMap, first_rows, first_scale, inner_rows
 from .native_cpu_products import (
     add_by_gemm,
@@ -113,33 +114,6 @@ def second_stages() -> None:
     """Nothing is put off here."""
 
 
-def shrink_reduce(
-    x: Tensor,
-    maps: Sequence[KronMap],
-    others: Sequence[Tensor | None],
-    dtypes: Sequence[torch.dtype],
-    stages: None,
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """`shrink`, and Σ xᵀ other of each map's first factor, (F, O)."""
-    gradients = [
-        None
-        if other is None
-        else reduce(first_rows(kron, x), inner_rows(kron, other), 1.0, dtype, first_scale(kron))
-        for kron, other, dtype in zip(maps, others, dtypes, strict=True)
-    ]
-    return shrink(x, maps), gradients
-
-
-def reduce_shared(
-    x: Tensor, maps: Sequence[KronMap], others: Sequence[Tensor], dtypes: Sequence[torch.dtype], stages: None
-) -> list[Tensor]:
-    """Σ otherᵀ x of each map's first factor, (O, F)."""
-    return [
-        reduce(inner_rows(kron, other), first_rows(kron, x), 1.0, dtype)
-        for kron, other, dtype in zip(maps, others, dtypes, strict=True)
-    ]
-
-
 def reduce(
     p: Tensor,
     q: Tensor,
@@ -208,3 +182,6 @@ def row_dots(dy: Tensor, x: Tensor, kron: KronMap, inner: Tensor, dtype: torch.d
         delta = linear(x[part], None, None, None, [kron], [inner[part]])
         _column_sums(dy[part], delta, index > 0, out)
     return as_factor(out.unsqueeze(0), dtype).squeeze(0)
+
+
+shrink_reduce, reduce_shared = composed.shrink_reduce_of(shrink, reduce), composed.reduce_shared_of(reduce)

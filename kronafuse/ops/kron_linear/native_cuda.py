@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..outputs import new_output
+from . import composed, sums
 from . import native_cuda_calls as calls
 from . import native_cuda_route as route
-from . import sums
-from .maps import KronMap, first_rows, first_scale, inner_rows
+from .maps import KronMap
 
 CASTS_FACTORS: bool = True
 """Kernels read a factor in its own dtype and round it as they do: a cast would be a launch of its own."""
@@ -228,28 +228,4 @@ def row_dots(dy: Tensor, x: Tensor, kron: KronMap, inner: Tensor, dtype: torch.d
     return sums.dots_of(dy, linear(x, None, None, None, [kron], [inner]), dtype)
 
 
-def shrink_reduce(
-    x: Tensor,
-    maps: Sequence[KronMap],
-    others: Sequence[Tensor | None],
-    dtypes: Sequence[torch.dtype],
-    stages: Any,
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """`shrink`, and Σ (in_scale ⊙ x)ᵀ other of each map's first factor, (F, O), in launches of their own."""
-    gradients = [
-        None
-        if other is None
-        else reduce(first_rows(kron, x), inner_rows(kron, other), 1.0, dtype, first_scale(kron))
-        for kron, other, dtype in zip(maps, others, dtypes, strict=True)
-    ]
-    return shrink(x, maps), gradients
-
-
-def reduce_shared(
-    x: Tensor, maps: Sequence[KronMap], others: Sequence[Tensor], dtypes: Sequence[torch.dtype], stages: Any
-) -> list[Tensor]:
-    """Σ otherᵀ x of each map's first factor, (O, F)."""
-    return [
-        reduce(inner_rows(kron, other), first_rows(kron, x), 1.0, dtype)
-        for kron, other, dtype in zip(maps, others, dtypes, strict=True)
-    ]
+shrink_reduce, reduce_shared = composed.shrink_reduce_of(shrink, reduce), composed.reduce_shared_of(reduce)
