@@ -45,9 +45,7 @@ KF_DOTS static void outer_tile_dots(const uint32_t* a, int64_t depth, const uint
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      sum[r][v] = accumulate ? _mm512_loadu_ps(out + r * out_stride + v * kLanes) : _mm512_setzero_ps();
-    }
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = _mm512_setzero_ps();
   }
   for (int64_t k = 0; k < depth; ++k) {
     __m512bh columns[Vectors];
@@ -65,7 +63,10 @@ KF_DOTS static void outer_tile_dots(const uint32_t* a, int64_t depth, const uint
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(out + r * out_stride + v * kLanes, sum[r][v]);
+    for (int v = 0; v < Vectors; ++v) {
+      float* to = out + r * out_stride + v * kLanes;
+      _mm512_storeu_ps(to, accumulate ? _mm512_add_ps(_mm512_loadu_ps(to), sum[r][v]) : sum[r][v]);
+    }
   }
 }
 

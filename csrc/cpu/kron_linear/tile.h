@@ -7,7 +7,8 @@ namespace kronafuse::cpu::KRONAFUSE_LEVEL {
 
 constexpr int kPair = 2 * kLanes;
 
-// out[r, c] (+)= Σ_k a[k, r] b[k, c] for Rows rows and Vectors · kLanes columns; a is packed, Rows to a k.
+// out[r, c] (+)= Σ_k a[k, r] b[k, c] for Rows rows and Vectors · kLanes columns; a is packed, Rows to a k. What was there
+// is added last: long sums are sums of short ones, whose rounding errors stay small.
 template <int Rows, int Vectors>
 KF_INLINE void outer_tile(const float* a, int64_t depth, const float* b, int64_t b_stride, bool accumulate, float* out,
                           int64_t out_stride) {
@@ -15,7 +16,7 @@ KF_INLINE void outer_tile(const float* a, int64_t depth, const float* b, int64_t
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) sum[r][v] = accumulate ? load(out + r * out_stride + v * kLanes) : Vector{};
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = Vector{};
   }
   for (int64_t k = 0; k < depth; ++k) {
     Vector columns[Vectors];
@@ -33,7 +34,10 @@ KF_INLINE void outer_tile(const float* a, int64_t depth, const float* b, int64_t
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) store(out + r * out_stride + v * kLanes, sum[r][v]);
+    for (int v = 0; v < Vectors; ++v) {
+      float* to = out + r * out_stride + v * kLanes;
+      store(to, accumulate ? load(to) + sum[r][v] : sum[r][v]);
+    }
   }
 }
 
