@@ -128,6 +128,20 @@ def test_reduce(ops, sizes, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_sums_are_as_exact_as_a_gemm(ops, dtype):
+    """One slice of many steps: what earlier steps summed is not carried through every addition of the next."""
+    torch.manual_seed(0)
+    p, q = torch.randn(20480, 1, 16).to(dtype), torch.randn(20480, 1, 16).to(dtype)
+    out = torch.empty(16, 16)
+    ops.reduce(p, q, None, 1.0, False, out)
+    truth = p[:, 0].double().t() @ q[:, 0].double()
+    ours, gemm = (
+        (each - truth).square().mean().sqrt() for each in (out, p[:, 0].float().t() @ q[:, 0].float())
+    )
+    assert ours <= 1.1 * gemm
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(0, 5), (1, 7), (300, 1000), (5, 9000)], ids=str)
 def test_column_sums(ops, sizes, dtype):
     p, q = tensor(sizes, dtype, "plain"), tensor(sizes, dtype, "transposed")
