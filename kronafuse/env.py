@@ -9,6 +9,8 @@ from functools import cache
 
 import torch
 
+from .torch_private import cuda_driver_version
+
 TRITON_INTERPRET = "TRITON_INTERPRET"
 """Environment variable under which Triton runs kernels on the CPU, one NumPy operation at a time."""
 EMULATED = "KRONAFUSE_EMULATED"
@@ -49,7 +51,7 @@ def cuda_capability(index: int) -> tuple[int, int]:
 
 
 @cache
-def cuda_driver() -> tuple[int, int]:
-    """The newest CUDA that the installed driver knows, as (13, 0)."""
-    version = torch._C._cuda_getDriverVersion()  # pyright: ignore[reportAttributeAccessIssue]
-    return version // 1000, version % 1000 // 10
+def cuda_driver() -> tuple[int, int] | None:
+    """The newest CUDA that the installed driver knows, as (13, 0); None where torch does not tell."""
+    version = cuda_driver_version()
+    return None if version is None else (version // 1000, version % 1000 // 10)

@@ -90,7 +90,7 @@ def _cuda_device_reasons(index: int) -> tuple[str, ...]:
         )
     if built:
         needed, driver = int(built["nvcc"].split(".")[0]), env.cuda_driver()
-        if driver[0] < needed:
+        if driver is not None and driver[0] < needed:
             return (
                 f"{CUDA} was built by CUDA {built['nvcc']}, whose run time needs a driver of CUDA {needed} or later; "
                 f"this one's is {driver[0]}.{driver[1]}",

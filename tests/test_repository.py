@@ -26,7 +26,7 @@ from kronafuse.testing.cases import ADAPTERS, CASES, LAYERS, ODD_CASES
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kronafuse"
 LAYERED = (
-    ("version", "shapes", "env"),
+    ("version", "shapes", "torch_private", "env"),
     ("checks", "planner", "backends", "native"),
     ("ops",),
     ("nn",),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import Any
-
 import torch
 
 CUDA_ERRORS = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")
@@ -38,14 +35,3 @@ def is_lost(device: torch.device) -> bool:
     except Exception:
         return True
     return False
-
-
-def end_allocation(device: torch.device, pool: Any) -> None:
-    """Ends a graph's allocations to its pool, which torch does not where ending the capture fails.
-
-    Until then the allocator would take a capture to be under way. Where this version ended them, nothing happens.
-    """
-    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
-    if end is not None:
-        with suppress(RuntimeError):  # it is not allocating to this pool
-            end(device.index or 0, pool)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .device import end_allocation
+from ..torch_private import end_allocation
 from .records import Spread
 from .turns import PASSES as PASSES
 from .turns import ArmError as ArmError
@@ -99,7 +99,7 @@ class CudaTimer:
     cuda: Any = torch.cuda
     clock: Callable[[], float] = time.perf_counter
     least_rounds: int = 3
-    end_allocation: Callable[[torch.device, Any], object] = end_allocation
+    end_allocation: Callable[[int, Any], object] = end_allocation
 
     def cold_bytes(self) -> int:
         """Twice the L2."""
@@ -210,7 +210,7 @@ class CudaTimer:
                         call()
         except BaseException:
             self.cuda.set_stream(before)
-            self.end_allocation(self.device, pool)
+            self.end_allocation(self.device.index or 0, pool)
             raise
         return graph.replay
 

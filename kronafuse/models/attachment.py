@@ -17,6 +17,7 @@ from ..nn.spec import Spec
 from ..nn.trained import TrainedTensors
 from .checks import check_tensors
 from .host import Host
+from .offloading import Stores
 
 
 class Attachment(ABC):
@@ -48,16 +49,24 @@ class Attachment(ABC):
         """Every trained tensor by name, sharing memory with the parameters.
 
         Tensors that fully_shard has distributed are gathered: call it on every process, and write its file
-        on one.
+        on one. Those that accelerate has offloaded are read from its store. Raises RuntimeError for tensors
+        whose values are not to be had here: offloaded to disk by diffusers, or cut into parts.
         """
-        return {name: gathered(tensor.detach()) for name, tensor in self.named_parameters()}
+        stores = self._stores("state_dict")
+        return {
+            f"{place}.{name}": gathered(stores.read(place, trained, name).detach())
+            for place, trained in self._trained.items()
+            for name in trained.layout.sizes
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copy tensors into place, without a recompile of a compiled model.
 
-        Where fully_shard has distributed the tensors, call it on every process with the same ones. Raises
-        ValueError for missing, unknown or mismatched tensors and for NaN and infinity, TypeError for tensors
-        that are not floating, RuntimeError while a delta is merged; all before anything is copied.
+        Where fully_shard has distributed the tensors, call it on every process with the same ones. What
+        accelerate has offloaded is written to its store. A backward whose forward ran before raises, as after
+        any change of a parameter in place. Raises ValueError for missing, unknown or mismatched tensors and for
+        NaN and infinity, TypeError for tensors that are not floating, RuntimeError while a delta is merged and
+        for tensors that cannot be written here; all before anything is copied.
         """
         self._unmerged("load_state_dict")
         sizes = {name: trained.layout.sizes for name, trained in self._trained.items()}
@@ -65,9 +74,21 @@ class Attachment(ABC):
             name: gathered(each) if isinstance(each, Tensor) else each for name, each in state_dict.items()
         }
         check_tensors("load_state_dict", sizes, whole)
+        stores = self._stores("load_state_dict")
+        writers = {
+            f"{place}.{name}": stores.writer(place, trained, name)
+            for place, trained in self._trained.items()
+            for name in trained.layout.sizes
+        }
         with torch.no_grad():
             for name, tensor in self.named_parameters():
-                tensor.copy_(sharded_like(tensor, whole[name]))
+                write = writers[name]
+                if write is None:
+                    tensor.copy_(sharded_like(tensor, whole[name]))
+                else:
+                    write(whole[name])
+        for trained in self._trained.values():
+            trained.tensors_replaced()
 
     @property
     @abstractmethod
@@ -78,8 +99,10 @@ class Attachment(ABC):
     def scale(self) -> float:
         """Multiplies every delta on top of the spec's scales; 1.0 at first. Setting it never recompiles.
 
-        Setting raises TypeError for what is no number, ValueError for NaN and infinity, RuntimeError while a
-        delta is merged.
+        It counts for the calls that come. A backward whose forward ran before gets the gradient at the scale of
+        that forward, checkpointed or not; set it on the thread that calls the model. A captured CUDA graph uses
+        the value at each replay. Setting raises TypeError for what is no number, ValueError for NaN, infinity and
+        numbers beyond float32, RuntimeError while a delta is merged.
         """
         return self._scale
 
@@ -90,6 +113,11 @@ class Attachment(ABC):
         strength = number("Attachment", "scale", value)
         for trained in self._trained.values():
             trained.set_strength(strength)
+        offloaded = [trained for trained in self._trained.values() if trained.scale.is_meta]
+        if offloaded:
+            stores = self._stores("scale")
+            for trained in offloaded:
+                stores.write_scale(trained)
         self._scale = strength
 
     @abstractmethod
@@ -122,8 +150,26 @@ class Attachment(ABC):
         """What is adapted, how it runs and what is not; `print(attachment.report)` gives it as a table."""
 
     def adapter_file(self) -> AdapterFile:
-        """What `formats.save` writes: the spec, the modules with their sizes, the scale, and the tensors."""
-        return AdapterFile(self.spec, self.modules, self._scale, self.state_dict())
+        """What `formats.save` writes: the spec, the modules with their sizes, the scale, and the tensors.
+
+        The spec's dtype is that of the tensors, if a cast of the whole model has changed it. Raises RuntimeError for
+        a model on meta, whose tensors have no values.
+        """
+        tensors = self.state_dict()
+        on_meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+        if on_meta:
+            raise RuntimeError(
+                f"adapter_file: {len(on_meta)} tensors are on meta and have no values, the first {on_meta[0]}"
+            )
+        return AdapterFile(self._spec_of(tensors), self.modules, self._scale, tensors)
+
+    def _spec_of(self, tensors: Mapping[str, Tensor]) -> Spec:
+        """The spec with the dtype that the tensors have; as it is where they differ."""
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        return self.spec.stored_as(dtypes.pop()) if len(dtypes) == 1 else self.spec
+
+    def _stores(self, op: str) -> Stores:
+        return Stores(op, self.model, self._trained.values())
 
     def __enter__(self) -> Attachment:
         return self

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..nn.bottleneck import BottleneckAdapter
 from ..nn.bottleneck_spec import Bottleneck
+from ..nn.fusing import has_hooks
 from .attachment import Attachment
 from .blocks import Block
 from .host import Host
@@ -30,6 +31,11 @@ class BottleneckAttachment(Attachment):
     def add(self, block: Block) -> None:
         """A new adapter in one block, on the block's device."""
         tensors = (*block.module.parameters(), *block.module.buffers())
+        if any(each.is_meta for each in tensors) and any(has_hooks(each) for each in block.module.modules()):
+            raise ValueError(
+                f"attach: the weights of {block.name} are offloaded (on meta, with hooks that bring them back at a"
+                " call); attach adapters first, then offload"
+            )
         layout = self.spec.layout(*block.size, block.name)
         adapter = BottleneckAdapter(layout, device=tensors[0].device if tensors else None)
         self._trained[block.name] = adapter

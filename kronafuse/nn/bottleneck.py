@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ..ops.bottleneck.activations import FORWARD
 from ..ops.bottleneck.op import bottleneck
-from ..ops.calls import compute_dtype
+from ..ops.calls import compute_dtype, scale_dtype
 from ..ops.kron_linear.op import kron_delta
 from .bottleneck_layout import BottleneckLayout
 from .trained import TrainedTensors
@@ -62,7 +62,7 @@ class BottleneckAdapter(TrainedTensors):
             down_bias=self.down_bias,
             up_bias=self.up_bias,
             activation=self.layout.activation,
-            scale=self.scale,
+            scale=self.scale_of_call(),
         )
 
     def _map(self, name: str) -> Tensor:
@@ -78,11 +78,12 @@ class BottleneckAdapter(TrainedTensors):
     def _krona(self, x: Tensor, residual: Tensor | None) -> Tensor:
         dtype = compute_dtype(x)
         joined = residual if residual is None or residual.dtype == dtype else None
-        y = kron_delta(x, self.a, self.b, base=joined, scale=self.scale)
+        scale = self.scale_of_call()
+        y = kron_delta(x, self.a, self.b, base=joined, scale=scale)
         if residual is not None and joined is None:
             y = residual + y
         if self.layout.form == "krona_res":
-            strength = self.scale / self.layout.scale
+            strength = scale / self.layout.scale
             y = y + (strength * self.residual_scale).to(x.dtype) * x
         return y
 
@@ -97,7 +98,16 @@ class BottleneckAdapter(TrainedTensors):
         }
         hidden = functional.silu(normalised).to(dtype)
         hidden = functional.conv2d(hidden, weights["down"], weights["down_bias"], padding=1)
-        hidden = FORWARD[self.layout.activation](hidden) * self.scale.to(dtype)
+        scale = self.scale_of_call()
+        hidden = _times(FORWARD[self.layout.activation](hidden), scale)
         y = functional.conv2d(hidden, weights["up"], padding=1)
-        y = y + (self.scale.to(dtype) * weights["up_bias"])[:, None, None]
+        y = y + _times(weights["up_bias"], scale)[:, None, None]
         return y if residual is None else residual + y
+
+
+def _times(tensor: Tensor, scale: float | Tensor) -> Tensor:
+    """scale · tensor in the tensor's dtype; the scale is not rounded to 16 bits."""
+    if not isinstance(scale, Tensor):
+        return tensor * scale
+    wide = scale_dtype(tensor)
+    return (tensor.to(wide) * scale.to(wide)).to(tensor.dtype)

@@ -184,6 +184,10 @@ class Bottleneck(Spec):
         """The kind of block that both positions are in."""
         return POSITIONS[self.source].block
 
+    def stored_as(self, dtype: torch.dtype) -> Bottleneck:
+        """The record of the same adapter with its tensors in this dtype."""
+        return replace(self, dtype=dtype)
+
     def at(self, name: str) -> Bottleneck:
         """The same in every block."""
         return self

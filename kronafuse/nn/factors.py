@@ -33,8 +33,14 @@ class KronFactors(TrainedTensors):
         elif layout.has_a:
             a = self.lokr_a
         b_down = None if layout.shape.rank is None else self.lokr_b_down
-        return KronTerm(a, self.lokr_b, b_down, self.lokr_scale, layout.shuffled)
+        return KronTerm(a, self.lokr_b, b_down, self.scale_of_call(), layout.shuffled)
 
     def forward(self) -> KronTerm:
-        """`term()`, through a call: hooks that bring offloaded factors back see it."""
-        return self.term()
+        """`term()`, through a call: hooks that bring offloaded factors back see it.
+
+        A hook may exchange the memory of a parameter again when the call ends, so views of it are returned.
+        """
+        a, b, b_down, scale, shuffled, row_scale = self.term()
+        a = None if a is None else a.view_as(a)
+        b_down = None if b_down is None else b_down.view_as(b_down)
+        return KronTerm(a, b.view_as(b), b_down, scale, shuffled, row_scale)

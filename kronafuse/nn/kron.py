@@ -158,9 +158,8 @@ class KronLinear(nn.Module):
         adapters: list[KronFactors] = list(self.adapters.values())  # pyright: ignore[reportAssignmentType]
         parts = [f"{self.in_features} -> {self.out_features}"]
         for each in adapters:
-            scale = each.layout.scale if each.lokr_scale.is_meta else round(float(each.lokr_scale), 6)
             merged = ", merged" if self.is_merged(each) else ""
-            parts.append(f"as {each.layout}, scale={scale}{merged}")
+            parts.append(f"as {each.layout}, scale={round(each.scale_value, 6)}{merged}")
         reason = self.unfused
         return (
             " ".join(parts[:2])

@@ -46,5 +46,9 @@ class Spec(ABC):
         """The record that counts in the place of this name."""
 
     @abstractmethod
+    def stored_as(self, dtype: torch.dtype) -> Spec:
+        """The record of the same adapter with its tensors in this dtype, in every place."""
+
+    @abstractmethod
     def layout(self, n: int, k: int, name: str = "") -> TensorLayout:
         """The tensors for a place that maps K numbers to N; `name` appears in errors."""

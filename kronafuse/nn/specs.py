@@ -93,6 +93,13 @@ class AdapterSpec(Spec):
         matching = [suffix for suffix in overrides if name == suffix or name.endswith("." + suffix)]
         return overrides[max(matching, key=len)] if matching else self
 
+    def stored_as(self, dtype: torch.dtype) -> AdapterSpec:
+        """The record of the same adapter with its factors in this dtype, those of `per_target` too."""
+        overrides = self.per_target
+        if overrides is not None:
+            overrides = {suffix: replace(each, dtype=dtype) for suffix, each in overrides.items()}
+        return replace(self, dtype=dtype, per_target=overrides)
+
     @abstractmethod
     def layout(self, n: int, k: int, name: str = "") -> Layout:
         """The factors for a Linear of N out_features and K in_features; `name` appears in errors."""

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .scale import Scale, is_capturing, scale_of_forward
 from .spec import TensorLayout
 
 
 class TrainedTensors(nn.Module):
-    """Parameters as a layout says, and its scale as a 0-d fp32 buffer, so that a new value never recompiles.
+    """Parameters as a layout says, and a scale that may be set at any time without a recompile.
 
     layout: sizes, start and dtype of the tensors
     device: where they are made; "meta" works
 
-    The buffer, named SCALE, is saved with a model's state_dict, so that `to_empty` followed by
-    `load_state_dict(assign=True)` restores it. The modules are none of those that diffusers' layerwise casting
-    stores in fp8, so that the tensors stay in their own dtype.
+    The scale is held as a number and in the 0-d fp32 buffer named SCALE, which is saved with a model's state_dict.
+    `set_strength` and `load_state_dict` change both; a value written into the buffer by other means is not seen by
+    eager calls. The modules are none of those that diffusers' layerwise casting stores in fp8, so that the tensors
+    stay in their own dtype.
     """
 
     SCALE: ClassVar[str]
@@ -30,12 +32,36 @@ class TrainedTensors(nn.Module):
         for name, size in layout.sizes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=layout.dtype, device=device)))
         self.register_buffer(self.SCALE, torch.empty((), dtype=torch.float32, device=device))
+        self._scale = Scale(self.scale, layout.scale)
         self.reset_parameters()
 
     @property
     def scale(self) -> Tensor:
-        """What multiplies the delta: the layout's scale times the strength set last."""
+        """What multiplies the delta, as the buffer: the layout's scale times the strength set last."""
         return self.get_buffer(self.SCALE)
+
+    @property
+    def scale_value(self) -> float:
+        """The same as a number, also while the buffer is on meta."""
+        return self._scale.value
+
+    def scale_of_call(self) -> float | Tensor:
+        """What multiplies the delta in the call being made: a number, or a tensor where a graph is being recorded.
+
+        A forward that gradient checkpointing repeats gets the value that it had the first time. Raises
+        RuntimeError where that is not known any more (`nn/scale.py`).
+        """
+        buffer = self._buffers[self.SCALE]
+        assert buffer is not None
+        if torch.compiler.is_compiling():
+            # Only training differentiates or repeats a forward; elsewhere the buffer itself costs nothing.
+            repeats = (torch.is_grad_enabled() or self.training) and not buffer.requires_grad
+            return scale_of_forward(buffer) if repeats else buffer
+        if buffer is not self._scale.buffer or is_capturing(buffer):
+            return (
+                buffer.clone()
+            )  # put there by torch.func.functional_call, or by a library that places tensors
+        return self._scale.of_this_call()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -43,20 +69,32 @@ class TrainedTensors(nn.Module):
         for name, tensor in self._parameters.items():
             assert tensor is not None
             self.layout.start(name, tensor)
-        self.scale.fill_(self.layout.scale)
+        self._scale.set(self.layout.scale, self.scale)
 
     def set_strength(self, strength: float) -> None:
-        """scale := strength · the layout's scale, in place."""
-        with torch.no_grad():
-            self.scale.fill_(strength * self.layout.scale)
+        """scale := strength · the layout's scale, for the calls that come; see `nn/scale.py` for earlier ones."""
+        self._scale.set(strength * self.layout.scale, self.scale)
+
+    def tensors_replaced(self) -> None:
+        """To be called after the tensors were overwritten by others than an optimizer."""
+        self._scale.tensors_replaced()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainedTensors:
-        before = self.scale
         super()._apply(fn, recurse)
-        if self.scale.dtype != before.dtype and before.device.type != "meta":
+        if self.scale.dtype != torch.float32:
             # .half() is for the trained tensors: alpha / R stays fp32
-            setattr(self, self.SCALE, before.to(self.scale.device))
+            setattr(self, self.SCALE, torch.empty((), dtype=torch.float32, device=self.scale.device))
+        self._scale.at(self.scale)
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.tensors_replaced()
+        buffer = self.scale
+        if prefix + self.SCALE in state_dict and not buffer.is_meta:
+            self._scale.set(float(buffer), buffer)
 
     def extra_repr(self) -> str:
         """The layout."""

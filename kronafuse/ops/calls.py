@@ -10,15 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_gradtrackingtensor, is_legacy_batchedtensor
+
+from ..torch_private import (
+    below_autograd,
+    is_plain,
+    may_autocast,
+    may_be_differentiated,
+    nothing_observes,
+    view_alone,
+)
 
 _NOTHING = nullcontext()
-_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for x's device and casts x's dtype."""
-    if not torch._C._is_any_autocast_enabled():
+    if not may_autocast():
         return False
     kind = x.device.type
     eligible = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -32,7 +39,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast off inside a kernel: the public function has fixed the compute dtype."""
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
+    if may_autocast() and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return _NOTHING
 
@@ -54,9 +61,7 @@ def flat_tokens(tensor: Tensor) -> Tensor:
 
 def unflat_tokens(y: Tensor, tokens: Sequence[int]) -> Tensor:
     """(M, N), which nothing else refers to, as (*tokens, N)."""
-    # No view to autograd, which forbids changing in place, as y += 1, what a Function returns as one.
-    with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
-        return y.view(*tokens, y.shape[-1])
+    return view_alone(y, (*tokens, y.shape[-1]))
 
 
 def any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
@@ -74,15 +79,8 @@ def runs_directly(tensors: Sequence[Tensor | None]) -> bool:
         # Where nothing has a gradient Dynamo hands ctx to a Function's forward, although it has a setup_context.
         return not torch.is_grad_enabled() or not any_requires_grad(tensors)
     return not torch.is_grad_enabled() and not any(
-        each is not None and is_gradtrackingtensor(each) for each in tensors
+        each is not None and may_be_differentiated(each) for each in tensors
     )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transforms_active = torch._C._are_functorch_transforms_active
-_tracing_state = torch._C._get_tracing_state
 
 
 def is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
@@ -93,27 +91,7 @@ def is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
     negated values or for zeros. Observers that set no state in Python (execution traces, Kineto on demand) do not see
     it.
     """
-    if (
-        torch.compiler.is_compiling()
-        or _dispatch_modes()
-        or _function_modes()
-        or _transforms_active()
-        or _tracing_state()
-        or torch.autograd.profiler._is_profiler_enabled
-    ):
-        return False
-    return all(each is None or _is_plain(each) for each in tensors)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor's memory holds its values as they are: what the dispatcher would do nothing about."""
-    return not (
-        type(tensor) not in _PLAIN
-        or tensor.is_meta
-        or tensor.is_neg()
-        or tensor._is_zerotensor()
-        or is_legacy_batchedtensor(tensor)
-    )
+    return nothing_observes() and all(each is None or is_plain(each) for each in tensors)
 
 
 def run_op(
@@ -122,7 +100,7 @@ def run_op(
     """op(*rest), past the dispatcher where nothing but the time differs; `tensors` are those in `rest`."""
     if not is_unobserved(tensors):
         return op(*rest)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return kernel(*rest)
 
 

@@ -49,10 +49,20 @@ def split_rows(first, GROUP: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of fp32 products, as torch.get_float32_matmul_precision() says; 16-bit ones ignore it."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
+    """`input_precision` of fp32 products, as torch's own matmul on CUDA is allowed; 16-bit ones ignore it."""
+    return "tf32" if dtype == torch.float32 and _allows_tf32() else "ieee"
+
+
+def _allows_tf32() -> bool:
+    """Whether the user lets fp32 products be computed in TF32, by torch's setting of either age.
+
+    `torch.get_float32_matmul_precision()` raises once `torch.backends.cuda.matmul.fp32_precision`, or the same for
+    all backends, was set, as torch recommends; the newer setting follows the older one where that was set.
+    """
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if newer is None:
+        return torch.get_float32_matmul_precision() != "highest"
+    return newer == "tf32"
 
 
 @cache

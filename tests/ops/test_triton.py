@@ -522,13 +522,33 @@ def test_profiler_would_show_a_gemm():
     assert {"aten::addmm", "aten::mm"} & {event.key for event in profile.key_averages()}
 
 
-def test_tf32_follows_torch(monkeypatch):
+def test_tf32_follows_both_settings_of_torch():
+    """torch.get_float32_matmul_precision() raises where the newer setting was used."""
     from kronafuse.ops.triton_common import dot_precision
 
-    assert dot_precision(torch.float32) == "ieee"
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert dot_precision(torch.float32) == "tf32"
-    assert dot_precision(torch.float16) == "ieee"
+    def found() -> str:
+        assert dot_precision(torch.float16) == "ieee"
+        return dot_precision(torch.float32)
+
+    matmul = torch.backends.cuda.matmul
+    before, others = matmul.fp32_precision, torch.backends.fp32_precision
+    assert found() == "ieee"
+    try:
+        for older, expected in (("high", "tf32"), ("medium", "tf32"), ("highest", "ieee")):
+            torch.set_float32_matmul_precision(older)
+            assert found() == expected
+        for newer in ("tf32", "ieee"):
+            matmul.fp32_precision = newer
+            assert found() == newer
+        matmul.fp32_precision = "none"
+        torch.backends.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        assert found() == "tf32"
+    finally:
+        torch.backends.fp32_precision = others
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
 
 
 def test_shipped_configurations_are_valid():

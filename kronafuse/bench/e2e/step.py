@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...torch_private import graph_breaks, more_recompilations
 from ..profiling import profiled
 from ..records import Form
 from .arms import Adapted, StepArm, adapted_layers
@@ -98,12 +99,10 @@ def prepare(model: nn.Module, of: StepModel, arm: StepArm, form: Form, batch: Ba
 @contextmanager
 def _graph_breaks() -> Iterator[Counter[str]]:
     """The reasons for which torch.compile breaks graphs inside the block, counted."""
-    from torch._dynamo.utils import counters
-
     found: Counter[str] = Counter()
-    before = Counter(counters["graph_break"])
+    before = Counter(graph_breaks())
     yield found
-    found.update(Counter(counters["graph_break"]) - before)
+    found.update(Counter(graph_breaks()) - before)
 
 
 def _proof(arm: StepArm, step: Callable[[], object], device: torch.device) -> str:
@@ -135,16 +134,12 @@ def _counted(operator: str, step: Callable[[], object], device: torch.device, la
 @contextmanager
 def many_compilations() -> Iterator[None]:
     """Room for every arm's compilations of the same functions; what was compiled is dropped at both ends."""
-    import torch._dynamo as dynamo
-
-    dynamo.reset()
+    torch.compiler.reset()
     try:
-        with dynamo.config.patch(
-            recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=16 * RECOMPILE_LIMIT
-        ):
+        with more_recompilations(RECOMPILE_LIMIT):
             yield
     finally:
-        dynamo.reset()
+        torch.compiler.reset()
 
 
 def release(device: torch.device) -> None:

@@ -29,7 +29,8 @@ class KronGroup(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        layout, x, *tensors = inputs
+        layout, x, *rest = inputs
+        tensors = list(rest)  # Dynamo of torch 2.11 unpacks into a tuple
         layers = len(layout.terms_per_layer)
         split = LAYER_TENSORS * layers
         saved = output[layers:]

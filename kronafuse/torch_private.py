@@ -1,0 +1,188 @@
+"""Every private name of torch that the package uses, with what takes its place where a version lacks it.
+
+Two kinds of places: what only makes calls faster falls back to the public, slower way ("observed": the operator goes
+through torch's dispatcher as any other), and what tells something that no public name tells says that it is not known.
+Nothing else in the package reads a private name.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMES: dict[str, bool] = {}
+"""Every private name, after "torch.", and whether this torch has it."""
+
+
+def _private(path: str) -> Any:
+    """The object at `torch.<path>`, or None."""
+    try:
+        found = operator.attrgetter(path)(torch)
+    except AttributeError:
+        found = None
+    NAMES[path] = found is not None
+    return found
+
+
+# What could see a difference between a registered op and its kernel. Public calls do not tell which modes are on.
+_OBSERVERS = tuple(
+    _private(path)
+    for path in (
+        "_C._len_torch_dispatch_stack",
+        "_C._len_torch_function_stack",
+        "_C._are_functorch_transforms_active",
+        "_C._get_tracing_state",
+    )
+)
+_below_autograd = _private("_C._AutoDispatchBelowAutograd")
+_is_gradtracking = _private("_C._functorch.is_gradtrackingtensor")
+_is_legacy_batched = _private("_C._functorch.is_legacy_batchedtensor")
+_is_zero = _private("Tensor._is_zerotensor")
+_private("autograd.profiler._is_profiler_enabled")  # a flag, read anew at each call
+
+_BYPASS = all(NAMES.values())
+"""Whether all that would notice a bypass of the dispatcher can be asked."""
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def nothing_observes() -> bool:
+    """Whether no tracer, transform, dispatch or function mode or profiler is on; False where that is not known."""
+    if not _BYPASS or torch.compiler.is_compiling():
+        return False
+    dispatch_modes, function_modes, transforms, tracing = _OBSERVERS
+    return not (
+        dispatch_modes()
+        or function_modes()
+        or transforms()
+        or tracing()
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor's memory holds its values as they are: what the dispatcher would do nothing about.
+
+    To be asked only where `nothing_observes()`.
+    """
+    return not (
+        type(tensor) not in _PLAIN
+        or tensor.is_meta
+        or tensor.is_neg()
+        or _is_zero(tensor)
+        or _is_legacy_batched(tensor)
+    )
+
+
+def below_autograd() -> AbstractContextManager[object]:
+    """Inside, calls of torch record nothing for autograd. To be used only where `nothing_observes()`."""
+    return _below_autograd()
+
+
+def may_be_differentiated(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func differentiates the tensor, with gradients off too; True where unknown."""
+    return _is_gradtracking is None or _is_gradtracking(tensor)
+
+
+_any_autocast = _private("_C._is_any_autocast_enabled")
+
+
+def may_autocast() -> bool:
+    """False where autocast is off for every kind of device: one question instead of one for each."""
+    return _any_autocast is None or _any_autocast()
+
+
+_ExcludeKeys = _private("_C._ExcludeDispatchKeyGuard")
+_KeySet, _key = _private("_C.DispatchKeySet"), _private("_C.DispatchKey.ADInplaceOrView")
+_VIEWS = None if _KeySet is None or _key is None else _KeySet(_key)
+
+
+def view_alone(tensor: Tensor, size: tuple[int, ...]) -> Tensor:
+    """A tensor that nothing else refers to, in another size; no view to autograd, a copy where that takes one.
+
+    Autograd forbids changing in place, as y += 1, what a Function returns as a view.
+    """
+    if _ExcludeKeys is None or _VIEWS is None:
+        return tensor.view(size).clone()
+    with _ExcludeKeys(_VIEWS):
+        return tensor.view(size)
+
+
+# Which backward is under way on this thread. No public name tells it, and gradient checkpointing does not either.
+_current_node = _private("_C._current_autograd_node")
+_next_number = _private("_C._autograd._get_sequence_nr")
+_current_backward = _private("_C._current_graph_task_id")
+_engine = _private("autograd.Variable._execution_engine")
+
+
+def current_node() -> Any | None:
+    """The autograd node that this thread executes; None outside a backward, or where torch does not tell."""
+    return None if _current_node is None else _current_node()
+
+
+def sequence_number() -> int:
+    """The number that the next autograd node made on this thread will have; numbers rise as nodes are made."""
+    if _next_number is not None:
+        return _next_number()
+    with torch.enable_grad():
+        node: Any = torch.ones((), requires_grad=True).view(()).grad_fn
+    return node._sequence_nr() + 1
+
+
+def node_sequence_number(node: Any) -> int:
+    """The number of a node that `current_node` gave."""
+    return node._sequence_nr()
+
+
+def current_backward() -> int:
+    """What tells the innermost backward under way on this thread from others; -1 outside one, or where unknown."""
+    return -1 if _current_backward is None else _current_backward()
+
+
+def at_end_of_backward(call: Callable[[], None]) -> None:
+    """Call this when the innermost backward under way on this thread has ended without an error."""
+    if _engine is not None:
+        _engine.queue_callback(call)
+
+
+_driver_version = _private("_C._cuda_getDriverVersion") if torch.version.cuda else None
+
+
+def cuda_driver_version() -> int | None:
+    """The newest CUDA that the installed driver knows, as 13000; None without CUDA, or where torch does not tell."""
+    return None if _driver_version is None else _driver_version()
+
+
+_end_allocation = _private("_C._cuda_endAllocateToPool") if torch.version.cuda else None
+
+
+def end_allocation(device: int, pool: Any) -> None:
+    """End a CUDA graph's allocations to its pool, which torch does not where ending the capture fails.
+
+    Until then the allocator would take a capture to be under way. Where this version ended them, nothing happens.
+    """
+    if _end_allocation is not None:
+        with suppress(RuntimeError):  # it is not allocating to this pool
+            _end_allocation(device, pool)
+
+
+def graph_breaks() -> dict[str, int]:
+    """Reasons for which torch.compile has broken graphs in this process, counted; empty where it does not tell."""
+    try:
+        from torch._dynamo.utils import counters
+    except ImportError:
+        return {}
+    return dict(counters["graph_break"])
+
+
+def more_recompilations(limit: int) -> AbstractContextManager[object]:
+    """Inside, torch.compile compiles a function up to `limit` times; torch's own limit where it cannot be raised."""
+    try:
+        import torch._dynamo as dynamo
+    except ImportError:
+        return nullcontext()
+    return dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=16 * limit)
