@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +20,12 @@ SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced"
 """Ends the name of a folder while its successor takes its place."""
 
+LONGEST_NAME = 255
+"""Bytes that a file's name may have where the system does not say."""
+
+ADDED_BYTES = 40
+"""Bytes that a temporary name has at most in addition to its target's: dots, process, random digits, suffix."""
+
 
 @contextmanager
 def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -24,14 +33,17 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     After an error or an interrupt the new file is gone and what was at `path` before is untouched. The data
     is on the disk before the rename. A symbolic link at `path` keeps pointing to the file that is replaced.
-    What a killed process left half-written for this `path` is removed. Raises FileNotFoundError where the
-    folder does not exist, IsADirectoryError where `path` is one.
+    What a killed process left half-written for this `path` is removed. Raises FileNotFoundError if the folder
+    does not exist, IsADirectoryError if `path` is one, and FileExistsError if it is a device, a pipe or
+    anything else that is not a regular file.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "the folder does not exist", str(Path(path).parent))
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "a folder is there, not a file", os.fspath(path))
+    if target.exists() and not target.is_file():
+        raise FileExistsError(errno.EEXIST, "what is there is not a regular file", os.fspath(path))
     remove_stale(target)
     beside = name_beside(target)
     try:
@@ -53,10 +65,9 @@ def replace_folder(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path)
-    partial, replaced = name_beside(path), path.with_name(f".{path.name}{REPLACED_SUFFIX}")
+    partial, replaced = name_beside(path), path.with_name(f".{_stem(path)}{REPLACED_SUFFIX}")
     if path.exists():
         shutil.rmtree(replaced, ignore_errors=True)
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
@@ -78,16 +89,38 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def name_beside(target: Path) -> Path:
-    """Where this process writes what will become `target`: hidden, in the same folder."""
-    return target.with_name(f".{target.name}.{os.getpid()}{SUFFIX}")
+    """A new name for what will become `target`: hidden, in the same folder, of this process and this call."""
+    return target.with_name(f".{_stem(target)}.{os.getpid()}.{secrets.token_hex(4)}{SUFFIX}")
+
+
+def _stem(target: Path) -> str:
+    """The target's name in its temporary names: a digest of it if they would be longer than the system takes."""
+    name = os.fsencode(target.name)
+    if len(name) + ADDED_BYTES <= _longest_name(target.parent):
+        return target.name
+    return hashlib.sha256(name).hexdigest()[:32]
+
+
+def _longest_name(folder: Path) -> int:
+    """Bytes that the name of a file in this folder may have."""
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (AttributeError, ValueError, OSError):  # no such call outside POSIX; some file systems do not say
+        return LONGEST_NAME
 
 
 def remove_stale(target: Path) -> None:
     """Remove the half-written files and folders of this target whose process is gone."""
-    before = f".{target.name}."
-    for entry in os.scandir(target.parent):
-        writer = entry.name[len(before) : -len(SUFFIX)]
-        if entry.name != f"{before}{writer}{SUFFIX}" or not writer.isdecimal() or _runs(int(writer)):
+    temporary = re.compile(
+        rf"\.{re.escape(_stem(target))}\.([0-9]{{1,10}})(\.[0-9a-f]{{8}})?{re.escape(SUFFIX)}"
+    )
+    try:
+        entries = list(os.scandir(target.parent))
+    except PermissionError:
+        return  # a folder that may be written to but not listed
+    for entry in entries:
+        match = temporary.fullmatch(entry.name)
+        if match is None or _runs(int(match[1])):
             continue
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path, ignore_errors=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kronafuse.formats.atomic import name_beside, remove_stale, written_beside
+from kronafuse.formats.atomic import name_beside, remove_stale, replace_folder, written_beside
 from kronafuse.formats.tensors import save_tensors
 from safetensors.torch import load_file
 
@@ -71,13 +71,76 @@ def test_folders_are_removed_and_writers_at_work_are_not(tmp_path):
     stale = tmp_path / f".checkpoint.{ended.pid}.partial"
     stale.mkdir()
     (stale / "a").write_bytes(b"half")
+    (tmp_path / f".checkpoint.{ended.pid}.0123abcd.partial").mkdir()
     at_work = name_beside(tmp_path / "checkpoint")
     at_work.mkdir()
-    kept = [at_work.name, ".checkpoint.one.partial", f".checkpoint.{os.getppid()}.partial"]
+    kept = [
+        at_work.name,
+        ".checkpoint.one.partial",
+        f".checkpoint.{os.getppid()}.partial",
+        f".checkpoint.7.{ended.pid}.0123abcd.partial",  # of checkpoint.7
+    ]
     for name in kept[1:]:
         (tmp_path / name).write_bytes(b"")
     remove_stale(tmp_path / "checkpoint")
     assert names(tmp_path) == sorted(kept)
+
+
+LEGAL_NAMES = {
+    "248 characters": "n" * 248,
+    "255 bytes": "n" * 255,
+    "255 bytes of other letters": "é" * 127 + "n",
+    "255 bytes of wide letters": "雪" * 85,
+    "dots at the end": "name...",
+    "spaces and a line break": " a\nb ",
+    "undecodable bytes": os.fsdecode(b"\xff\xfe name"),
+}
+
+
+@pytest.mark.parametrize("name", LEGAL_NAMES.values(), ids=LEGAL_NAMES)
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_every_legal_name_can_be_written_and_written_again(name, kind, tmp_path):
+    """Temporary names are legal too, half-written ones are found again, and nothing is left."""
+    path, ended = tmp_path / name, subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    stale = name_beside(path)
+    stale = stale.with_name(stale.name.replace(f".{os.getpid()}.", f".{ended.pid}."))
+    stale.write_bytes(b"half")
+    for text in (b"first", b"second"):
+        if kind == "file":
+            with written_beside(path) as beside:
+                beside.write_bytes(text)
+        else:
+            with replace_folder(path) as folder:
+                (folder / "part").write_bytes(text)
+        assert (path if kind == "file" else path / "part").read_bytes() == text
+        assert os.listdir(tmp_path) == [name]
+    with pytest.raises(InterruptedError), written_beside(path) if kind == "file" else replace_folder(path):
+        raise InterruptedError
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_two_writers_of_one_process_do_not_share_a_file(tmp_path):
+    """Each has its own temporary file, so that the bytes of the last to end are there whole."""
+    first = written_beside(tmp_path / "a")
+    with first as one, written_beside(tmp_path / "a") as other:
+        assert one != other
+        one.write_bytes(b"one")
+        other.write_bytes(b"other")
+    assert (tmp_path / "a").read_bytes() == b"one"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with (
+            pytest.raises(FileExistsError, match=f"what is there is not a regular file: '.*{name}'"),
+            written_beside(tmp_path / name),
+        ):
+            pass
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_missing_folder(tmp_path):
