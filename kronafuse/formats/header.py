@@ -1,20 +1,28 @@
-"""What our own files say about an adapter beside its tensors: a JSON object."""
+"""What our own files say about an adapter in addition to its tensors: a JSON object with a digest of both."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor
 
 from ..nn.fields import number
 from ..nn.spec import Spec
 from ..nn.spec_json import spec_from_dict, spec_to_dict
 from ..version import VERSION
 from .adapter_file import AdapterFile
+from .digest import digest
+from .reading import parse_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 was the same without a digest."""
+
+DIGEST = "digest"
+FIELDS = frozenset({"format_version", "kronafuse_version", "spec", "scale"})
 
 
 def header_of(file: AdapterFile) -> dict[str, Any]:
@@ -27,10 +35,20 @@ def header_of(file: AdapterFile) -> dict[str, Any]:
     }
 
 
-def parse_header(path: str | os.PathLike[str], text: str | bytes) -> Mapping[str, Any]:
-    """The object that the text holds. Raises ValueError where it is none, and for a newer format."""
+def sealed(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The header with the digest of itself and the tensors."""
+    return {**header, DIGEST: digest(header, tensors)}
+
+
+def parse_header(path: str | os.PathLike[str], text: bytes, more: Collection[str] = ()) -> Mapping[str, Any]:
+    """The object that the text holds, with every field that its version has and no other.
+
+    more: fields in addition to those of `header_of`
+
+    Raises ValueError for anything else, for a key that is there twice and for a newer format.
+    """
     with damaged(path):
-        header = json.loads(text)
+        header = parse_json(text)
         version, writer = header["format_version"], header["kronafuse_version"]
         if type(version) is not int or version < 1:
             raise ValueError(f"format_version must be a positive integer; got {version!r}")
@@ -39,7 +57,32 @@ def parse_header(path: str | os.PathLike[str], text: str | bytes) -> Mapping[str
             f"formats.load: {path} has format version {version}, written by kronafuse {writer};"
             f" kronafuse {VERSION} reads up to {FORMAT_VERSION}"
         )
+    fields = {*FIELDS, *more} | ({DIGEST} if version > 1 else set())
+    with damaged(path):
+        for names, what in ((fields - set(header), "lacks"), (set(header) - fields, "has unknown fields")):
+            if names:
+                raise ValueError(f"it {what} {', '.join(sorted(names))}")
     return header
+
+
+def check_digest(
+    path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Raises ValueError if header or tensors are not those that were written; warns if nothing can tell."""
+    if header["format_version"] == 1:
+        warnings.warn(
+            f"formats.load: {path} has format version 1, which has no digest, so that damage to it may go unnoticed;"
+            " formats.save(path, formats.load(path)) writes it with one",
+            UserWarning,
+            stacklevel=3,
+        )
+        return
+    found = digest({name: value for name, value in header.items() if name != DIGEST}, tensors)
+    if found != header[DIGEST]:
+        raise ValueError(
+            f"formats.load: {path} is not as it was written: the digest of its header and tensors is"
+            f" {found}, and it says {header[DIGEST]!r}"
+        )
 
 
 def spec_and_scale(header: Mapping[str, Any]) -> tuple[Spec, float]:
@@ -52,5 +95,13 @@ def damaged(path: str | os.PathLike[str]) -> Iterator[None]:
     """Errors of a block that reads a header become a ValueError that names its file."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"formats.load: the metadata of {path} is damaged: {error!r}") from error

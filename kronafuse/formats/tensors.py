@@ -1,17 +1,31 @@
-"""Tensors as one safetensors file, whole or not there."""
+"""Tensors as one safetensors file: written whole or not at all, and read only once its header is sound."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors import torch as safetensors_torch
+import safetensors
+import torch
+from safetensors import SafetensorError, safe_open, serialize_file
 from torch import Tensor
 
 from ..checks import check_dtype, check_tensor
 from .atomic import written_beside
+from .digest import memory, whole
+from .reading import check_header, check_header_size, check_regular, parse_json
+
+LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its header."""
+
+METADATA = "__metadata__"
+FIELDS = {"dtype", "shape", "data_offsets"}
+"""What the header says of each tensor."""
 
 
 def check_values(op: str, tensors: Mapping[str, Tensor]) -> None:
@@ -23,17 +37,121 @@ def check_values(op: str, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{op}: {name} must be finite; got NaN or infinity in it")
 
 
+def check_stored(op: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises TypeError for what is no tensor, ValueError for a meta, sparse, nested or quantised one."""
+    for name, tensor in tensors.items():
+        check_tensor(op, name, tensor)
+        if tensor.is_meta:
+            raise ValueError(f"{op}: {name} must have values; it is on the meta device, which holds none")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+            raise ValueError(f"{op}: {name} must be a dense tensor; got {tensor.layout}, {tensor.dtype}")
+
+
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write named tensors with `metadata`, beside the place and renamed (`written_beside`).
 
-    Raises OSError with the path where the disk refuses; nothing half-written is left. The same tensors give
+    Raises OSError with the path where the disk refuses, ValueError for a header too large to be read again;
+    nothing half-written is left. The same tensors give
     the same bytes with at most one entry of metadata: safetensors writes several in a changing order.
     """
-    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    kept = {name: whole(tensor) for name, tensor in tensors.items()}
+    records = {name: _record(tensor) for name, tensor in kept.items()}
     with written_beside(path) as beside:
         try:
-            safetensors_torch.save_file(whole, beside, None if metadata is None else dict(metadata))
+            serialize_file(records, os.fspath(beside), None if metadata is None else dict(metadata))
         except SafetensorError as error:
             raise OSError(errno.EIO, f"cannot write the tensors: {error}", str(path)) from error
+        try:
+            _read_header(beside)
+        except ValueError as error:
+            raise ValueError(f"{path} would not be read again: {error}") from error
+
+
+def _record(tensor: Tensor) -> Any:
+    """A tensor as safetensors' own functions take it; its functions for torch need NumPy, which torch does not."""
+    described: dict[str, Any] = {
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+    }
+    if hasattr(safetensors, "TensorSpec"):  # since 0.8
+        return safetensors.TensorSpec(**described, data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
+    return {**described, "data": bytes(memory(tensor))}
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file whose header is sound and fits its size; no tensor has been read.
+
+    path:     where it lies
+    metadata: its texts by name
+    shapes:   name -> sizes of every tensor
+    """
+
+    op: str
+    path: Path
+    metadata: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self) -> dict[str, Tensor]:
+        """Read every tensor into memory of its own, which later changes of the file do not reach."""
+        with _named(self.op, self.path), safe_open(self.path, framework="pt") as file:
+            return {name: file.get_tensor(name).clone() for name in self.shapes}
+
+
+def open_tensors(op: str, path: str | os.PathLike[str]) -> TensorFile:
+    """Read the header of a safetensors file.
+
+    Raises ValueError for what is not a regular file, for a header that does not fit the file's size, is too
+    large, has a key twice or says anything else than safetensors does, and OSError.
+    """
+    path = Path(path)
+    check_regular(op, path)
+    with _named(op, path):
+        header = parse_json(_read_header(path))
+        shapes = _shapes(header)
+        with safe_open(path, framework="pt") as file:  # checks that sizes, dtypes and places fit the file
+            metadata = file.metadata() or {}
+            if set(file.keys()) != set(shapes):
+                raise ValueError("its header is read in two ways")
+    return TensorFile(op, path, metadata, shapes)
+
+
+def _read_header(path: Path) -> bytes:
+    """The text of a safetensors file's header. Raises ValueError for one that does not fit, or is too large."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        if size < LENGTH_BYTES or length > size - LENGTH_BYTES:
+            raise ValueError(f"it has {size:,} bytes, and its header would have {length:,}")
+        check_header_size(length)
+        text = file.read(length)
+    check_header(text)
+    return text
+
+
+def _shapes(header: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> sizes, of a header that says what safetensors does and nothing else."""
+    if not isinstance(header, dict):
+        raise ValueError(f"its header must be an object; it is {type(header).__name__}")
+    shapes = {}
+    for name, described in header.items():
+        if name == METADATA:
+            continue
+        if not isinstance(described, dict) or set(described) != FIELDS:
+            raise ValueError(f"its header must say {', '.join(sorted(FIELDS))} of {name!r} and nothing else")
+        shape = described["shape"]
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"the shape of {name!r} must be a list of integers")
+        shapes[name] = tuple(shape)
+    return shapes
+
+
+@contextmanager
+def _named(op: str, path: Path) -> Iterator[None]:
+    """Errors of a block that reads a safetensors file become a ValueError that names it."""
+    try:
+        yield
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{op}: {path} is not a whole safetensors file: {error}") from error

@@ -23,10 +23,14 @@ PLACES = 3
 COUNTS = {"down": PLACES - 1, "up": PLACES}
 """ResBlocks of a level, and attentions where it has any."""
 
+MAX_LEVELS, MAX_LAYERS = 12, 64
+"""Levels of a U-Net and layers of an attention that are named; Stable Diffusion XL has 3 and 10."""
+
+_N = r"([0-9]{1,3})"
 DIFFUSERS = re.compile(
-    r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.(?:resnets\.(\d+)|attentions\.(\d+)\.transformer_blocks\.(\d+))"
+    rf"(?:(down|up)_blocks\.{_N}|(mid)_block)\.(?:resnets\.{_N}|attentions\.{_N}\.transformer_blocks\.{_N})"
 )
-LDM = re.compile(r"(?:(input|output)_blocks\.(\d+)|(middle)_block)\.(\d+)(?:\.transformer_blocks\.(\d+))?")
+LDM = re.compile(rf"(?:(input|output)_blocks\.{_N}|(middle)_block)\.{_N}(?:\.transformer_blocks\.{_N})?")
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,11 @@ def from_ldm(name: str) -> UNetBlock | None:
 
 
 def _exists(block: UNetBlock) -> bool:
-    return block.level >= 0 and block.index < _count(block.side, block.layer is None)
+    return (
+        0 <= block.level < MAX_LEVELS
+        and (block.layer or 0) < MAX_LAYERS
+        and block.index < _count(block.side, block.layer is None)
+    )
 
 
 def _count(side: str, resnets: bool) -> int:

@@ -6,8 +6,9 @@ for a ResBlock. The released code also writes each transformer adapter's only ch
 and reads without it; here it is read where it is there and has to be equal, and is not written.
 
 Nothing there says where the adapters read and write, nor their activation, scale and start. `save` adds
-`kronafuse.json` with them, which the released code passes over, as it does whatever is not named like a module. There
-the scale comes from its configuration: what belongs there is the spec's scale times the attachment's.
+`kronafuse.json` with them and a digest of itself and the tensors of all files by our names (`formats.digest`), which
+the released code passes over, as it does whatever is not named like a module. There the scale comes from its
+configuration: what belongs there is the spec's scale times the attachment's.
 
 Source: Xiang et al. 2023, arXiv 2303.18181, released code.
 """
@@ -20,6 +21,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +31,10 @@ from ..nn.bottleneck_spec import Bottleneck
 from ..nn.positions import RESNET
 from .adapter_file import AdapterFile
 from .atomic import replace_folder, write_json, written_beside
-from .header import damaged, header_of, parse_header, spec_and_scale
+from .contents import check_contents, parse_modules
+from .header import check_digest, damaged, header_of, parse_header, sealed, spec_and_scale
 from .pickles import load_tensors
+from .reading import read_small
 from .tensors import check_values
 from .unet_blocks import UNetBlock, absent, from_diffusers, from_ldm
 
@@ -76,6 +80,7 @@ def save(path: str | os.PathLike[str], file: AdapterFile) -> None:
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "the folder does not exist", str(Path(path).parent))
     _check_replaceable(target)
+    header = sealed(header_of(file), file.tensors)
     with replace_folder(target) as folder:
         for name, block in blocks.items():
             buffer = io.BytesIO()
@@ -85,7 +90,7 @@ def save(path: str | os.PathLike[str], file: AdapterFile) -> None:
             torch.save(tensors, buffer)
             with written_beside(folder / f"{block.ldm}{end}") as beside:
                 beside.write_bytes(buffer.getvalue())
-        write_json(folder / HEADER, header_of(file))
+        write_json(folder / HEADER, header)
 
 
 def _ldm_blocks(file: AdapterFile) -> dict[str, UNetBlock]:
@@ -104,17 +109,17 @@ def _ldm_blocks(file: AdapterFile) -> dict[str, UNetBlock]:
 
 def _check_record(file: AdapterFile, spec: Bottleneck) -> None:
     """The tensors are those of the spec, and the released code can normalise them."""
-    for name, (n, k) in file.modules.items():
+    for name, (_, k) in file.modules.items():
         if spec.block == RESNET and k % GROUPS:
             raise ValueError(
                 f"formats.save: format {FORMAT!r} normalises ResBlocks in {GROUPS} groups, which must divide their"
                 f" channels K; got K = {k} at {name}"
             )
-        for tensor, size in spec.layout(n, k, name).sizes.items():
-            found = file.tensors.get(f"{name}.{tensor}")
-            if found is None or tuple(found.shape) != size:
-                got = "none" if found is None else tuple(found.shape)
-                raise ValueError(f"formats.save: {name}.{tensor} must be {size}, as the spec says; got {got}")
+    try:
+        shapes = {name: tuple(tensor.shape) for name, tensor in file.tensors.items()}
+        check_contents(spec, parse_modules(file.modules), shapes)
+    except ValueError as error:
+        raise ValueError(f"formats.save: {error}") from error
 
 
 def is_layout(path: str | os.PathLike[str]) -> bool:
@@ -129,13 +134,14 @@ def load(path: str | os.PathLike[str], spec: Bottleneck | None = None) -> Adapte
           they were trained; its width is taken from the files. None where `formats.save` wrote the folder
 
     Nothing in the files is executed. Raises NotADirectoryError, and ValueError for missing, unknown, damaged
-    and mismatched files, for tensors that are not floating or not finite, and for a spec that differs from what
-    the folder says.
+    and mismatched files, for tensors that are not floating or not finite, for a folder that `save` wrote and that
+    is not as it was written, and for a spec that differs from what the folder says. Warns for a folder that
+    `save` wrote in format version 1, which has no digest.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "formats.unet_finetune.load: no folder", os.fspath(path))
-    spec, scale = _described(folder, spec)
+    spec, scale, header = _described(folder, spec)
     if spec.form != "dense":
         raise ValueError(f"formats.unet_finetune.load: the layout holds the form 'dense'; got {spec.form!r}")
     end = _end(spec)
@@ -149,6 +155,8 @@ def load(path: str | os.PathLike[str], spec: Bottleneck | None = None) -> Adapte
         modules[block.diffusers] = _sizes(folder / f"{block.ldm}{end}", found, sized, KEYS[end])
         tensors |= {f"{block.diffusers}.{name}": each for name, each in found.items()}
     assert sized is not None
+    if header is not None:
+        check_digest(folder / HEADER, header, tensors)
     return AdapterFile(sized, modules, scale, tensors)
 
 
@@ -185,35 +193,35 @@ def _check_replaceable(target: Path) -> None:
             )
 
 
-def _described(folder: Path, spec: Bottleneck | None) -> tuple[Bottleneck, float]:
-    """What is asked for, or what the folder says of itself; where there are both, they must agree."""
+def _described(folder: Path, spec: Bottleneck | None) -> tuple[Bottleneck, float, Mapping[str, Any] | None]:
+    """What is asked for, or what the folder says of itself, and its description; both must agree."""
     path = folder / HEADER
     if spec is not None and not isinstance(spec, Bottleneck):
         raise TypeError(
             f"formats.unet_finetune.load: spec must be a Bottleneck or None; got {type(spec).__name__}"
         )
-    if not path.is_file():
+    if not path.exists():
         if spec is None:
             raise ValueError(
                 f"formats.load: {folder} does not say where its adapters read and write, nor their activation and"
                 " scale: call formats.unet_finetune.load(path, Bottleneck(source=..., sink=..., activation=...,"
                 " scale=...)) with what they were trained with"
             )
-        return spec, 1.0
-    header = parse_header(path, path.read_bytes())
+        return spec, 1.0, None
+    header = parse_header(path, read_small("formats.unet_finetune.load", path))
     with damaged(path):
         saved, scale = spec_and_scale(header)
         if not isinstance(saved, Bottleneck):
             raise ValueError(f"spec must be a Bottleneck; got {saved}")
     if spec is None:
-        return saved, scale
+        return saved, scale, header
     for field in ("source", "sink", "activation", "scale"):
         asked, found = getattr(spec, field), getattr(saved, field)
         if asked != found:
             raise ValueError(
                 f"formats.unet_finetune.load: {path} says {field}={found!r}; the spec says {field}={asked!r}"
             )
-    return spec, scale
+    return spec, scale, header
 
 
 def _blocks(folder: Path, end: str) -> list[UNetBlock]:
@@ -251,7 +259,7 @@ def _read(folder: Path, block: UNetBlock, end: str) -> dict[str, Tensor]:
     path = folder / f"{block.ldm}{end}"
     tensors = _named(path, end)
     child = folder / f"{block.ldm}{CHILD}"
-    if end == TRANSFORMER and child.is_file():
+    if end == TRANSFORMER and child.exists():
         for name, each in _named(child, CHILD).items():
             if each.dtype != tensors[name].dtype or not torch.equal(each, tensors[name]):
                 raise ValueError(

@@ -89,9 +89,11 @@ class AdapterSpec(Spec):
 
     def at(self, name: str) -> AdapterSpec:
         """The spec that counts for the module of this name."""
-        overrides = self.per_target or {}
-        matching = [suffix for suffix in overrides if name == suffix or name.endswith("." + suffix)]
-        return overrides[max(matching, key=len)] if matching else self
+        if not self.per_target:
+            return self
+        starts = [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]
+        ends = (name[start:] for start in starts)  # the longest first
+        return next((self.per_target[end] for end in ends if end in self.per_target), self)
 
     def stored_as(self, dtype: torch.dtype) -> AdapterSpec:
         """The record of the same adapter with its factors in this dtype, those of `per_target` too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 from kronafuse import KronA, LoKr, LoRA, __version__, attach, formats
-from kronafuse.formats import AdapterFile
+from kronafuse.formats import AdapterFile, digest, reading
+from kronafuse.formats import tensors as tensors_module
+from kronafuse.formats.header import sealed
 from safetensors import safe_open
 from safetensors import torch as safetensors_torch
 from torch import nn
@@ -24,6 +27,9 @@ SPECS = [
     LoKr(4, 2, 1.0, decompose_both=True, targets=("to_q", "to_v"), per_target={"to_v": {"factor": 8}}),
     LoRA(3, targets=("to_v",), dtype=torch.bfloat16),
 ]
+
+
+A = "blocks.0.to_q.lokr_a"
 
 
 class Net(nn.Module):
@@ -94,7 +100,7 @@ def test_one_file_with_everything_in_its_metadata(tmp_path):
     assert names == set(attachment.state_dict())
     assert list(metadata) == ["kronafuse"]
     header = json.loads(metadata["kronafuse"])
-    assert (header["format_version"], header["kronafuse_version"]) == (1, __version__)
+    assert (header["format_version"], header["kronafuse_version"]) == (2, __version__)
     assert header["spec"]["factors"] == [8, 4]
     assert header["modules"]["blocks.1.to_v"] == [32, 32]
 
@@ -140,14 +146,14 @@ def test_interrupted_save_leaves_the_old_file(error, existing, tmp_path, monkeyp
         formats.save(path, attachment)
         old = path.read_bytes()
     _, newer = adapted(seed=2)
-    real = safetensors_torch.save_file
+    real = tensors_module.serialize_file
 
     def half(tensors, filename, metadata):
         real(tensors, filename, metadata)
         os.truncate(filename, os.path.getsize(filename) // 2)
         raise error
 
-    monkeypatch.setattr(safetensors_torch, "save_file", half)
+    monkeypatch.setattr(tensors_module, "serialize_file", half)
     with pytest.raises(type(error)):
         formats.save(path, newer)
     assert files(tmp_path) == (["a.safetensors"] if existing else [])
@@ -259,18 +265,23 @@ def test_files_of_another_kind(tmp_path):
         formats.load(tmp_path)
 
 
-def rewritten(path: Path, change) -> None:
+def rewritten(path: Path, change, seal: bool = True) -> None:
+    """Change header and tensors of a file; `seal` gives it the digest of what it holds then."""
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["kronafuse"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     change(header, tensors)
+    if seal:
+        header.pop("digest", None)
+        header = sealed(header, tensors)
     safetensors_torch.save_file(tensors, path, {"kronafuse": json.dumps(header)})
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda header, _: header.update(format_version=2), "has format version 2, written by kronafuse"),
+        (lambda header, _: header.update(format_version=3), "has format version 3, written by kronafuse"),
+        (lambda header, _: header.update(format_version=1), "is damaged: .*has unknown fields digest"),
         (lambda header, _: header.update(format_version="new"), "metadata of .* is damaged: ValueError"),
         (lambda header, _: header.update(format_version=-1), "format_version must be a positive .* got -1"),
         (lambda header, _: header.update(format_version=1.5), "format_version must be a positive .* got 1.5"),
@@ -284,23 +295,35 @@ def rewritten(path: Path, change) -> None:
             lambda _, tensors: tensors["blocks.0.to_q.lokr_a"].fill_(math.inf),
             r"a\.safetensors: blocks\.0\.to_q\.lokr_a must be finite; got NaN or infinity",
         ),
-        (lambda header, _: header.pop("spec"), "metadata of .* is damaged: KeyError"),
+        (lambda header, _: header.pop("spec"), "metadata of .* is damaged: .*it lacks spec"),
+        (lambda header, _: header.pop("modules"), "metadata of .* is damaged: .*it lacks modules"),
+        (lambda header, _: header.pop("format_version"), "metadata of .* is damaged: KeyError"),
+        (lambda header, _: header.update(more=1), "metadata of .* is damaged: .*has unknown fields more"),
+        (lambda header, _: header["spec"].pop("shuffled"), "is damaged: .*KronA lacks fields shuffled"),
         (lambda header, _: header.update(spec="{"), "metadata of .* is damaged"),
         (lambda header, _: header.update(spec={"kind": "DoRA"}), "kind must be one of KronA, LoKr, LoRA"),
         (lambda header, _: header.update(modules=[1]), "metadata of .* is damaged"),
-        (lambda header, _: header.update(modules={"blocks.0.to_q": [7, 32]}), "does not divide N = 7"),
+        (lambda header, _: header["modules"].update({"blocks.0.to_q": [7, 32]}), "does not divide N = 7"),
+        (
+            lambda header, _: header["modules"].update({"blocks.0.to_q": [True, 32]}),
+            "integers from 1 to 2147483647; got",
+        ),
+        (
+            lambda header, _: header["modules"].update({"blocks.0.to_q": [32]}),
+            "must be \\[N, K\\], integers from 1",
+        ),
         (lambda header, _: header.update(scale="much"), "metadata of .* is damaged"),
         (
             lambda _, tensors: tensors.pop("blocks.0.to_q.lokr_a"),
-            r"1 factors differ, the first blocks\.0\.to_q\.lokr_a",
+            r"metadata says: blocks\.0\.to_q\.lokr_a must be \(8, 4\), as the spec and the modules say; got none",
         ),
         (
             lambda _, tensors: tensors.update(extra=torch.zeros(1)),
-            r"the first extra: none by the metadata, \(1,\) in",
+            r"metadata says: extra must be none, as the spec and the modules say; got \(1,\)",
         ),
         (
             lambda _, tensors: tensors.update({"blocks.0.to_q.lokr_a": torch.zeros(4, 8)}),
-            r"\(8, 4\) by the metadata, \(4, 8\) in the file",
+            r"must be \(8, 4\), as the spec and the modules say; got \(4, 8\)",
         ),
     ],
 )
@@ -310,6 +333,240 @@ def test_damaged_and_newer_files(change, text, tmp_path):
     rewritten(path, change)
     with pytest.raises(ValueError, match=text):
         formats.load(path)
+
+
+CHANGED = {
+    "scale": lambda header, _: header.update(scale=0.25),
+    "shuffled": lambda header, _: header["spec"].update(shuffled=False),
+    "a module's order": lambda header, _: header.update(modules=dict(reversed(header["modules"].items()))),
+    "a value": lambda _, tensors: tensors["blocks.0.to_q.lokr_a"][0, 0].add_(1e-6),
+    "dtype": lambda _, tensors: tensors.update(
+        {name: each.view(torch.float16) for name, each in tensors.items() if each.dtype == torch.bfloat16}
+    ),
+    "names": lambda _, tensors: tensors.update(
+        {
+            "blocks.0.to_v.lokr_b": tensors["blocks.1.to_v.lokr_b"],
+            "blocks.1.to_v.lokr_b": tensors["blocks.0.to_v.lokr_b"],
+        }
+    ),
+    "digest": lambda header, _: header.update(digest="0" * 64),
+    "kind of digest": lambda header, _: header.update(digest=None),
+}
+"""What each leaves is a file that is right in itself."""
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_what_is_not_as_it_was_written_is_refused(change, tmp_path):
+    path = tmp_path / "a.safetensors"
+    spec = LoRA(3, targets=("to_q", "to_v"), dtype=torch.bfloat16) if change == "dtype" else SPECS[0]
+    formats.save(path, adapted(spec)[1])
+    if change == "a module's order":  # says nothing else
+        rewritten(path, CHANGED[change], seal=False)
+        assert formats.load(path).spec == spec
+        return
+    rewritten(path, CHANGED[change], seal=False)
+    with pytest.raises(
+        ValueError, match=r"a\.safetensors is not as it was written: the digest of its header and"
+    ):
+        formats.load(path)
+    if not change.endswith("digest"):
+        rewritten(path, lambda *_: None)
+        formats.load(path)
+
+
+def test_a_file_without_a_digest_loads_with_a_warning(tmp_path):
+    """Format version 1: the same fields, all of them required, and no digest."""
+    path = tmp_path / "a.safetensors"
+    attachment = adapted()[1]
+    formats.save(path, attachment)
+
+    def older(header, _):
+        header.update(format_version=1)
+        del header["digest"]
+
+    rewritten(path, older, seal=False)
+    with pytest.warns(
+        UserWarning, match=r"a\.safetensors has format version 1, which has no digest, .*save\(path"
+    ):
+        file = formats.load(path)
+    assert file.spec == attachment.spec
+    assert all(torch.equal(each, attachment.state_dict()[name]) for name, each in file.tensors.items())
+    formats.save(path, file)
+    formats.load(path)  # warnings are errors here
+    rewritten(path, lambda *parts: (older(*parts), parts[0]["spec"].pop("scale")), seal=False)
+    with pytest.raises(ValueError, match=r"is damaged: .*KronA lacks fields scale"):
+        formats.load(path)
+
+
+def with_header(path: Path, change) -> None:
+    """Change the bytes of a safetensors file's own header, and what says how long it is."""
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = change(raw[8:end])
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[end:])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        (rb"\"scale\": 1.0", rb"\"scale\": 1.0, \"scale\": 2.0", "key 'scale' is there twice in one object"),
+        (
+            rb"\"shuffled\": true",
+            rb"\"shuffled\": true, \"shuffled\": false",
+            "key 'shuffled' is there twice",
+        ),
+        (b'{"__meta', b'{"__metadata__":{"kronafuse":"{}"},"__meta', "key '__metadata__' is there twice"),
+        (b'"dtype":"F32"', b'"dtype":"F32","dtype":"F32"', "key 'dtype' is there twice"),
+        (b'"dtype":"F32"', b'"dtype":"F32","more":1', "must say data_offsets, dtype, shape of 'blocks"),
+        (b'"shape":[8,4]', b'"shape":[8.0,4]', "shape of 'blocks.* must be a list of integers"),
+    ],
+)
+def test_keys_that_are_there_twice_or_unknown_are_refused(old, new, text, tmp_path):
+    path = tmp_path / "a.safetensors"
+    formats.save(path, adapted()[1])
+    assert old in path.read_bytes()
+    with_header(path, lambda header: header.replace(old, new, 1))
+    with pytest.raises(ValueError, match=text):
+        formats.load(path)
+
+
+def test_a_tensor_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    formats.save(path, adapted()[1])
+    name = b'"blocks.0.to_q.lokr_a":'
+    with_header(
+        path,
+        lambda header: header.replace(
+            name, name + b'{"dtype":"I8","shape":[1],"data_offsets":[0,1]},' + name
+        ),
+    )
+    with pytest.raises(ValueError, match=r"key 'blocks\.0\.to_q\.lokr_a' is there twice"):
+        formats.load(path)
+
+
+def contents(path: Path):
+    file = formats.load(path)
+    return file.spec, file.modules, file.scale, {name: each.tolist() for name, each in file.tensors.items()}
+
+
+def test_every_flipped_bit_is_refused_or_changes_nothing(tmp_path):
+    """All bits of the header and some of the data. An E for an e in a number may say the same as before."""
+    path = tmp_path / "a.safetensors"
+    model = Net(width=8, blocks=1)
+    formats.save(path, attach(model, LoKr(2, 1, 0.1, scale=1e-05, targets=("to_v",))))
+    raw = path.read_bytes()
+    wanted = contents(path)
+    header = 8 * (8 + int.from_bytes(raw[:8], "little"))
+    silent = []
+    for bit in [*range(header), *range(header, 8 * len(raw), 7)]:
+        flipped = bytearray(raw)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            found = contents(path)
+        except ValueError:
+            continue
+        assert found == wanted, bit
+        silent.append(bit)
+    assert len(silent) <= 2
+
+
+def test_a_loaded_file_does_not_change_with_the_disk(tmp_path):
+    """Another program may write over the file in its place, or cut it."""
+    path = tmp_path / "a.safetensors"
+    formats.save(path, adapted()[1])
+    file = formats.load(path)
+    before = {name: each.clone() for name, each in file.tensors.items()}
+    size = path.stat().st_size
+    with path.open("r+b") as at:
+        at.write(bytes(size))
+    os.truncate(path, 0)
+    assert all(torch.equal(each, before[name]) for name, each in file.tensors.items())
+
+
+def test_the_digest_is_what_is_documented(tmp_path):
+    """Computed here again with hashlib and NumPy, for every dtype and for tensors that lie in columns."""
+    header = {"b": [1, 2.5, None], "a": "é"}
+    tensors = {
+        "y": torch.arange(6.0).view(2, 3).T,
+        "x": torch.tensor(2.0, dtype=torch.bfloat16),
+        "w": torch.tensor([1.5], dtype=torch.float64),
+        "v": torch.empty(0, 3, dtype=torch.float16),
+    }
+    expected = hashlib.sha256(b'{"a":"\\u00e9","b":[1,2.5,null]}')
+    expected.update(b'["v","float16",[0,3]]')
+    expected.update(b'["w","float64",[1]]' + np.array([1.5]).tobytes())
+    expected.update(b'["x","bfloat16",[]]' + b"\x00\x40")
+    expected.update(b'["y","float32",[3,2]]' + np.array([0, 3, 1, 4, 2, 5], dtype="<f4").tobytes())
+    assert digest.digest(header, tensors) == expected.hexdigest()
+    swapped = digest.swapped(tensors["y"].contiguous())
+    assert bytes(digest.memory(swapped)) == np.array([0, 3, 1, 4, 2, 5], dtype=">f4").tobytes()
+    assert swapped.shape == (3, 2)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: type(spec).__name__)
+def test_the_bytes_are_those_that_safetensors_writes(spec, tmp_path):
+    formats.save(tmp_path / "a.safetensors", adapted(spec)[1])
+    rewritten(tmp_path / "a.safetensors", lambda *_: None)  # by safetensors' own function, which needs NumPy
+    again = (tmp_path / "a.safetensors").read_bytes()
+    formats.save(tmp_path / "a.safetensors", adapted(spec)[1])
+    assert again == (tmp_path / "a.safetensors").read_bytes()
+
+
+RECORDS = {
+    "a factor too few": (
+        lambda tensors: tensors.pop("blocks.0.to_q.lokr_a"),
+        ValueError,
+        r"lokr_a must be \(8, 4\), .*none",
+    ),
+    "a factor too many": (
+        lambda tensors: tensors.update(x=torch.ones(1)),
+        ValueError,
+        r"x must be none, .*got \(1,\)",
+    ),
+    "meta": (
+        lambda tensors: tensors.update({A: tensors[A].to("meta")}),
+        ValueError,
+        "lokr_a must have values; it is on",
+    ),
+    "sparse": (
+        lambda tensors: tensors.update({A: tensors[A].to_sparse()}),
+        ValueError,
+        "must be a dense tensor; got tor",
+    ),
+    "no tensor": (lambda tensors: tensors.update({A: [1.0]}), TypeError, "lokr_a must be a tensor; got list"),
+    "integers": (
+        lambda tensors: tensors.update({A: tensors[A].int()}),
+        TypeError,
+        "lokr_a must be float32, .*got int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_a_record_that_could_not_be_loaded_is_not_written(case, tmp_path):
+    change, error, text = RECORDS[case]
+    file = adapted()[1].adapter_file()
+    tensors = dict(file.tensors)
+    change(tensors)
+    with pytest.raises(error, match=rf"formats\.save: .*{text}"):
+        formats.save(tmp_path / "a.safetensors", AdapterFile(file.spec, file.modules, 1.0, tensors))
+    assert files(tmp_path) == []
+
+
+def test_a_header_that_would_not_be_read_is_not_written(tmp_path, monkeypatch):
+    file = adapted()[1].adapter_file()
+    long = {f"{'n' * 1001}": (32, 32)}
+    with pytest.raises(
+        ValueError, match=r"formats\.save: names of modules must have at most 1000 char.* has 1001"
+    ):
+        formats.save(tmp_path / "a", AdapterFile(file.spec, long, 1.0, {}))
+    monkeypatch.setattr(reading, "MAX_COMMAS", 50)
+    with pytest.raises(
+        ValueError, match=r"formats\.save: .*/a would not be read again: .*at most 50 commas; it has"
+    ):
+        formats.save(tmp_path / "a", file)
+    assert files(tmp_path) == []
 
 
 def test_file_of_another_model(tmp_path):

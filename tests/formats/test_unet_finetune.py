@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from kronafuse import Bottleneck, KronA, attach, formats
+from kronafuse import Bottleneck, KronA, LoRA, attach, formats
 from kronafuse.formats import AdapterFile, unet_finetune
 from kronafuse.formats.unet_blocks import absent, from_diffusers, from_ldm
+from kronafuse.nn.spec_json import spec_to_dict
 from torch import nn
 
 ADAPTED = {
@@ -301,15 +303,26 @@ def test_a_spec_that_the_folder_contradicts(field, value, tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"format_version": 2, "kronafuse_version": "9"}, "has format version 2, written by kronafuse 9"),
+        ({"format_version": 3, "kronafuse_version": "9"}, "has format version 3, written by kronafuse 9"),
         (
-            {"spec": {"kind": "LoRA"}},
+            {"spec": spec_to_dict(LoRA())},
             "metadata of .*kronafuse.json is damaged: .*must be a Bottleneck; got LoRA",
         ),
         (
-            {"spec": {"kind": "Bottleneck", "sink": "attn1_in"}},
+            {"spec": {**spec_to_dict(SPECS[0]), "sink": "attn1_in"}},
             "is damaged: .*comes before source 'attn2_out'",
         ),
+        (
+            {"spec": {"kind": "Bottleneck"}},
+            "is damaged: .*Bottleneck lacks fields activation, budget, dtype, factors, form,",
+        ),
+        ({"more": 1}, "is damaged: .*has unknown fields more"),
+        (
+            {"kronafuse_version": "9"},
+            "json is not as it was written: the digest of its header and tensors is",
+        ),
+        ({"scale": 2.0}, "json is not as it was written"),
+        ({"spec": spec_to_dict(replace(SPECS[0], scale=0.25))}, "json is not as it was written"),
         ({"scale": "much"}, "is damaged: .*scale must be a finite number"),
     ],
 )
@@ -520,7 +533,7 @@ REFUSED = {
     ),
     "no tensors": (
         lambda: changed(tensors={}),
-        r"down_blocks\.0\.attentions\.0\.transformer_blocks\.0\.down must be \(5, 32\), as the spec says; got none",
+        r"down_blocks\.0\.attentions\.0\.transformer_blocks\.0\.down must be \(5, 32\), as the spec and .*; got none",
     ),
 }
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from kronafuse import KronA, LoKr, LoRA
+from kronafuse import Bottleneck, KronA, LoKr, LoRA
 from kronafuse.nn import DEFAULT, KronFactors
 from kronafuse.nn.factorization import divisors, factorization
 from kronafuse.nn.spec_json import spec_from_dict, spec_to_dict
@@ -124,13 +124,37 @@ def test_json_round_trip(spec):
     assert spec_from_dict(json.loads(json.dumps(spec_to_dict(spec)))) == spec
 
 
+@pytest.mark.parametrize("kind", [KronA, LoKr, LoRA, Bottleneck], ids=lambda kind: kind.__name__)
+def test_no_missing_field_takes_its_default(kind):
+    whole = spec_to_dict(kind())
+    for name in whole:
+        part = {key: value for key, value in whole.items() if key != name}
+        with pytest.raises(
+            ValueError, match=f"lacks fields {name};" if name != "kind" else "kind must be one of"
+        ):
+            spec_from_dict(part)
+
+
 def test_json_of_something_else():
     with pytest.raises(ValueError, match="kind must be one of KronA, LoKr, LoRA, Bottleneck; got 'DoRA'"):
         spec_from_dict({"kind": "DoRA"})
     with pytest.raises(ValueError, match="LoRA has no fields colour"):
-        spec_from_dict({"kind": "LoRA", "colour": 1})
-    with pytest.raises(ValueError, match="dtype must name a torch dtype; got 'float12'"):
-        spec_from_dict({"kind": "LoRA", "dtype": "float12"})
+        spec_from_dict({**spec_to_dict(LoRA()), "colour": 1})
+    for name in ("float12", "half", "int8"):
+        with pytest.raises(ValueError, match=f"dtype must be one of float32, .*; got '{name}'"):
+            spec_from_dict({**spec_to_dict(LoRA()), "dtype": name})
+    with pytest.raises(ValueError, match="per_target must be an object or null; got list"):
+        spec_from_dict({**spec_to_dict(LoRA()), "per_target": [1]})
+    with pytest.raises(ValueError, match="spec: must be an object; got list"):
+        spec_from_dict([1])
+
+
+def test_a_spec_of_another_class_is_not_written():
+    class Mine(LoRA):
+        """Nothing that reads a file knows of it."""
+
+    with pytest.raises(TypeError, match="spec: must be KronA, LoKr, LoRA, Bottleneck; got Mine"):
+        spec_to_dict(Mine())
 
 
 def test_per_target_takes_the_longest_suffix():
