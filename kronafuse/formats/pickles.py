@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -25,6 +26,14 @@ MAX_PICKLE_BYTES = 2**16
 MAX_RECORDS = 1000
 """Records of a zip file: one for each tensor and a few more."""
 
+MAKES_TENSORS = re.compile(
+    r"torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)|collections OrderedDict|torch [A-Za-z0-9]+Storage"
+)
+"""What the pickle of a state_dict calls, as module and name."""
+
+OTHER_CALLS = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
+"""Operations that call something without its name beside them; torch.save writes none."""
+
 OLD_PICKLES = 5
 """Pickles that a file of the format before zip files begins with: magic, protocol, system, tensors, storages."""
 
@@ -44,7 +53,7 @@ def load_tensors(op: str, path: Path) -> dict[str, Tensor]:
         try:
             if file.read(len(ZIP)) == ZIP:
                 _check_zip(file, size)
-            elif size > MAX_PICKLE_BYTES:
+            else:
                 file.seek(0)
                 _check_old(file)
             file.seek(0)
@@ -70,26 +79,37 @@ def load_tensors(op: str, path: Path) -> dict[str, Tensor]:
 
 
 def _check_zip(file: io.BufferedReader, size: int) -> None:
-    """Raise ValueError for records that are compressed, or that have more bytes than the file."""
+    """Raise for records that are compressed, that have more bytes than the file, or that ask for other calls."""
     with zipfile.ZipFile(file) as records:
         infos = records.infolist()
-    if len(infos) > MAX_RECORDS:
-        raise ValueError(f"it has {len(infos):,} records, more than {MAX_RECORDS:,}")
-    for info in infos:
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise ValueError(f"its record {info.filename} is compressed, which torch.save does not do")
-        if info.filename.endswith(".pkl") and info.file_size > MAX_PICKLE_BYTES:
-            raise ValueError(
-                f"its record {info.filename} has {info.file_size:,} bytes, more than {MAX_PICKLE_BYTES:,}"
-            )
-    total = sum(info.file_size for info in infos)
-    if total > size:
-        raise ValueError(f"its records have {total:,} bytes, more than the file's {size:,}")
+        if len(infos) > MAX_RECORDS:
+            raise ValueError(f"it has {len(infos):,} records, more than {MAX_RECORDS:,}")
+        for info in infos:
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                raise ValueError(f"its record {info.filename} is compressed, which torch.save does not do")
+        total = sum(info.file_size for info in infos)
+        if total > size:
+            raise ValueError(f"its records have {total:,} bytes, more than the file's {size:,}")
+        for info in infos:
+            if info.filename.endswith(".pkl"):
+                if info.file_size > MAX_PICKLE_BYTES:
+                    raise ValueError(
+                        f"its record {info.filename} has {info.file_size:,} bytes, more than {MAX_PICKLE_BYTES:,}"
+                    )
+                _check_calls(io.BytesIO(records.read(info)))
 
 
 def _check_old(file: io.BufferedReader) -> None:
-    """Raise ValueError if the pickles that the file begins with are longer than those of tensors."""
+    """Raise if the pickles that the file begins with ask for other calls, or are longer than those of tensors."""
     pickles = io.BytesIO(file.read(MAX_PICKLE_BYTES))
     for _ in range(OLD_PICKLES):
-        for _ in pickletools.genops(pickles):
-            pass
+        _check_calls(pickles)
+
+
+def _check_calls(pickle: io.BytesIO) -> None:
+    """Raise UnpicklingError if a pickle asks for anything but tensors: torch lets more be made, of any size."""
+    for operation, argument, _ in pickletools.genops(pickle):
+        if operation.name in OTHER_CALLS or (
+            operation.name == "GLOBAL" and not MAKES_TENSORS.fullmatch(argument)
+        ):
+            raise UnpicklingError(f"{operation.name} {argument}")
