@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ class KronLinear(nn.Module):
 
     The product with the base's weight and the adapters run in one operator where a call of `base` is a plain
     F.linear (`nn/fusing.py`); elsewhere base(x) is computed and the delta added. `unfused` says why, or is
-    None. `base` is held as the submodule `base_layer`, and `weight` and `bias` are its own.
+    None. `base` is a submodule, so a state_dict names its tensors `base.weight` and `base.bias`; one that was
+    written without adapters, as `weight` and `bias`, is loaded too. `weight` and `bias` of this module are its
+    own. The name is not PEFT's `base_layer`, by which diffusers finds the layers that `unload_lora` replaces.
     """
 
     def __init__(self, base: nn.Module, spec: AdapterSpec | None = None) -> None:
@@ -36,7 +39,7 @@ class KronLinear(nn.Module):
                 raise TypeError(
                     f"KronLinear: base must have in_features and out_features; {type(base).__name__} has not"
                 )
-        self.base_layer = base
+        self.base = base
         self.adapters = nn.ModuleDict()
         self._merging = MergedWeight()
         self._input_reason: str | None = None
@@ -46,27 +49,27 @@ class KronLinear(nn.Module):
     @property
     def in_features(self) -> int:
         """K"""
-        return int(self.base_layer.in_features)  # pyright: ignore[reportArgumentType]
+        return int(self.base.in_features)  # pyright: ignore[reportArgumentType]
 
     @property
     def out_features(self) -> int:
         """N"""
-        return int(self.base_layer.out_features)  # pyright: ignore[reportArgumentType]
+        return int(self.base.out_features)  # pyright: ignore[reportArgumentType]
 
     @property
     def weight(self) -> Tensor:
         """(N, K), the base's."""
-        return self.base_layer.weight  # pyright: ignore[reportReturnType]
+        return self.base.weight  # pyright: ignore[reportReturnType]
 
     @property
     def bias(self) -> Tensor | None:
         """(N,), the base's."""
-        return self.base_layer.bias  # pyright: ignore[reportReturnType]
+        return self.base.bias  # pyright: ignore[reportReturnType]
 
     @property
     def unfused(self) -> str | None:
         """Why the base is called and not read by the kernel, for the last input too; None if it is read."""
-        return module_reason(self.base_layer) or self._input_reason
+        return module_reason(self.base) or self._input_reason
 
     def add(self, layout: Layout) -> KronFactors:
         """Stack one more adapter, on the base's device; its factors start at a delta of 0."""
@@ -76,8 +79,8 @@ class KronLinear(nn.Module):
                 f"KronLinear: factors {layout} make ({shape.n}, {shape.k});"
                 f" the layer's (N, K) is ({self.out_features}, {self.in_features})"
             )
-        tensors = (*self.base_layer.parameters(), *self.base_layer.buffers())
-        if tensors and tensors[0].is_meta and has_hooks(self.base_layer):
+        tensors = (*self.base.parameters(), *self.base.buffers())
+        if tensors and tensors[0].is_meta and has_hooks(self.base):
             raise ValueError(
                 "KronLinear: the base's weight is offloaded (on meta, with hooks that bring it back at a call);"
                 " add adapters first, then offload"
@@ -101,14 +104,14 @@ class KronLinear(nn.Module):
         plain Linear.
         """
         if factors not in self._merging:
-            self._merging.add(name, self.base_layer, factors)
+            self._merging.add(name, self.base, factors)
         if not keep:
             self._merging.forget()
 
     def unmerge(self, factors: KronFactors, *, name: str = "the layer") -> None:
         """Undo `merge`: the last one to go puts back the original Parameter, the same object and bits."""
         if factors in self._merging:
-            self._merging.take_out(name, self.base_layer, factors)
+            self._merging.take_out(name, self.base, factors)
 
     def is_merged(self, factors: KronFactors) -> bool:
         """Whether this adapter's delta is in the weight now."""
@@ -135,7 +138,7 @@ class KronLinear(nn.Module):
         """
         check_tensor("KronLinear", "x", x)
         check_dtype("KronLinear", "x", x)
-        base = self.base_layer
+        base = self.base
         reason = module_reason(base)
         if reason is None:
             assert isinstance(base, nn.Linear)
@@ -150,7 +153,7 @@ class KronLinear(nn.Module):
         """x (..., K) -> (..., N), in the dtype that the base gives."""
         terms = self.terms()
         if not terms:
-            return self.base_layer(x)
+            return self.base(x)
         return _evaluate(x, [self.frozen_linear(x, terms)])[0]
 
     def extra_repr(self) -> str:
@@ -167,6 +170,15 @@ class KronLinear(nn.Module):
             + ", "
             + ("fused" if reason is None else f"base + delta: {reason}")
         )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for key in [each for each in state_dict if each.startswith(prefix)]:
+            name = key.removeprefix(prefix)
+            if name.partition(".")[0] not in self._modules:
+                state_dict[f"{prefix}base.{name}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KronLinear:
         super()._apply(fn, recurse)

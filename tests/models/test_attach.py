@@ -180,7 +180,7 @@ def test_merge_is_all_or_nothing():
     model, _ = build("dit")
     attachment = attach(model, KRONA)
     last = model.get_submodule("transformer_blocks.1.attn1.to_v")
-    last.base_layer.register_forward_hook(lambda *_: None)
+    last.base.register_forward_hook(lambda *_: None)
     bits = {name: each.clone() for name, each in model.state_dict().items()}
     randomize(attachment)
     with pytest.raises(
@@ -334,7 +334,7 @@ def test_report():
     attachment = attach(model, KronA((4, 8), targets=("to_q", "to_k")))
     model.get_submodule(
         "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    ).base_layer.register_forward_hook(lambda *_: None)
+    ).base.register_forward_hook(lambda *_: None)
     output(model, inputs)
     report = attachment.report
     assert report.parameters == sum(each.numel() for each in attachment.parameters())

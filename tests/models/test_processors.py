@@ -115,7 +115,7 @@ def test_a_hooked_projection_is_called_by_itself(calls):
     block = model.transformer_blocks[0].attn1
     called = []
     block.to_k.register_forward_hook(lambda *_: called.append("to_k"))
-    block.to_v.base_layer.register_forward_hook(lambda *_: called.append("base of to_v"))
+    block.to_v.base.register_forward_hook(lambda *_: called.append("base of to_v"))
     y = output(model, inputs)
     assert sorted(called) == ["base of to_v", "to_k"]
     assert sorted(count for count, _ in calls) == [1, 1, 1, 2, 3]

@@ -23,7 +23,7 @@ class Two(nn.Module):
         self.second = KronLinear(nn.Linear(64, 32), LoRA(4))
         self.second.add(LoKr(4).layout(32, 64))
         for layer in (self.first, self.second):
-            layer.base_layer.requires_grad_(False)
+            layer.base.requires_grad_(False)
 
     def forward(self, x):
         return self.second(self.first(x).relu())
@@ -108,7 +108,7 @@ def test_fully_shard_of_the_base_itself(group):
     model = made()
     mesh = init_device_mesh("cpu", (1,))
     for layer in (model.first, model.second):
-        fully_shard(layer.base_layer, mesh=mesh)
+        fully_shard(layer.base, mesh=mesh)
     fully_shard(model, mesh=mesh)
     results = trained(model)
     assert model.first.unfused == "the base is FSDPLinear, not nn.Linear"

@@ -84,7 +84,7 @@ def calls(monkeypatch):
 def test_forward(spec, bias, calls):
     layer, x = made(spec, bias=bias), x_of()
     assert torch.allclose(layer(x).double(), expected(layer, x), atol=1e-4)
-    assert (layer(x) - layer.base_layer(x)).abs().max() > 0.1
+    assert (layer(x) - layer.base(x)).abs().max() > 0.1
     assert all(group[0].weight is layer.weight and group[0].base is None for group in calls)
     assert layer.unfused is None
 
@@ -93,7 +93,7 @@ def test_forward(spec, bias, calls):
 def test_unfused_is_the_same(spec, calls):
     layer, x = made(spec), x_of()
     fused = layer(x)
-    layer.base_layer.register_forward_hook(lambda *_: None)
+    layer.base.register_forward_hook(lambda *_: None)
     assert torch.allclose(layer(x), fused, atol=1e-4)
     assert calls[-1][0].weight is None
 
@@ -102,8 +102,8 @@ def test_unfused_is_the_same(spec, calls):
 def test_gradients(spec):
     layer, x = made(spec).double(), x_of().double().requires_grad_()
     assert [name for name, _ in layer.named_parameters()] == [
-        "base_layer.weight",
-        "base_layer.bias",
+        "base.weight",
+        "base.bias",
         *(f"adapters.0.{name}" for name in spec.layout(N, K).sizes),
     ]
     dy = torch.randn(2, 5, N, dtype=torch.float64)
@@ -124,33 +124,33 @@ class Scaled(nn.Linear):
 
 def _subclass(layer):
     base = Scaled(K, N)
-    base.load_state_dict(layer.base_layer.state_dict())
-    layer.base_layer = base
+    base.load_state_dict(layer.base.state_dict())
+    layer.base = base
 
 
 def _forward_hook(layer):
-    layer.base_layer.register_forward_hook(lambda module, args, y: y + 1)
+    layer.base.register_forward_hook(lambda module, args, y: y + 1)
 
 
 def _forward_pre_hook(layer):
-    layer.base_layer.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    layer.base.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
 
 
 def _backward_hook(layer):
-    layer.base_layer.register_full_backward_hook(lambda module, dx, dy: None)
+    layer.base.register_full_backward_hook(lambda module, dx, dy: None)
 
 
 def _replaced_forward(layer):
-    base = layer.base_layer
+    base = layer.base
     base.forward = lambda x: nn.functional.linear(x, base.weight, base.bias) - 1
 
 
 def _parametrized(layer):
-    nn.utils.parametrizations.orthogonal(layer.base_layer)
+    nn.utils.parametrizations.orthogonal(layer.base)
 
 
 def _fp64_weight(layer):
-    base = layer.base_layer.double()
+    base = layer.base.double()
     base.register_forward_pre_hook(lambda module, args: (args[0].double(),))
     base.register_forward_hook(lambda module, args, y: y.float())
 
@@ -160,11 +160,11 @@ class Tagged(torch.Tensor):
 
 
 def _tensor_subclass(layer):
-    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.detach().as_subclass(Tagged))
+    layer.base.weight = nn.Parameter(layer.base.weight.detach().as_subclass(Tagged))
 
 
 def _old_weight_norm(layer):
-    base = layer.base_layer
+    base = layer.base
     weight = base.weight
     del base.weight
     base.register_parameter("weight_v", weight)
@@ -192,7 +192,7 @@ def test_calls_a_base_that_is_more_than_a_linear(change, reason, calls):
     y = layer(x).as_subclass(torch.Tensor)
     assert layer.unfused == reason
     assert calls[0][0].weight is None
-    base = layer.base_layer(x).as_subclass(torch.Tensor).double()
+    base = layer.base(x).as_subclass(torch.Tensor).double()
     assert torch.allclose(y.double(), base + delta, atol=1e-4)
 
 
@@ -211,8 +211,8 @@ def test_calls_the_base_under_global_hooks(calls):
 
 def test_calls_a_base_on_another_device():
     layer = made()
-    layer.base_layer.to("meta")
-    assert kron_module.input_reason(layer.base_layer, x_of()) == "the base's weight is on meta, x on cpu"
+    layer.base.to("meta")
+    assert kron_module.input_reason(layer.base, x_of()) == "the base's weight is on meta, x on cpu"
 
 
 def test_calls_a_base_of_another_dtype_than_autocast(calls):
@@ -247,8 +247,8 @@ def test_fp32_factors_on_bf16_activations(calls):
 
 def test_bias_of_another_dtype_is_not_fused():
     layer = made(dtype=torch.bfloat16)
-    layer.base_layer.bias = nn.Parameter(layer.base_layer.bias.float())
-    assert "bias is float32" in kron_module.input_reason(layer.base_layer, x_of(dtype=torch.bfloat16))
+    layer.base.bias = nn.Parameter(layer.base.bias.float())
+    assert "bias is float32" in kron_module.input_reason(layer.base, x_of(dtype=torch.bfloat16))
 
 
 def test_stacked_adapters_run_in_one_call(calls):
@@ -267,7 +267,7 @@ def test_stacked_adapters_run_in_one_call(calls):
 
 def test_without_adapters_is_the_base():
     layer, x = KronLinear(nn.Linear(K, N)), x_of()
-    assert torch.equal(layer(x), layer.base_layer(x))
+    assert torch.equal(layer(x), layer.base(x))
 
 
 def test_starts_as_the_base():
@@ -302,8 +302,8 @@ def test_a_base_that_answers_in_another_dtype(x_dtype, answer, together):
     layer, x = made(), x_of(dtype=x_dtype)
     base = Answering(K, N)
     base.answer = answer
-    base.load_state_dict(layer.base_layer.state_dict())
-    layer.base_layer = base
+    base.load_state_dict(layer.base.state_dict())
+    layer.base = base
     y = kron_module.linear_group(x, [layer, made(dtype=x_dtype)])[0] if together else layer(x)
     assert y.dtype == base(x).dtype == answer
     assert torch.allclose(y.double(), expected(layer, x), rtol=0.05, atol=0.6)
@@ -314,8 +314,8 @@ def test_a_base_that_answers_in_another_dtype(x_dtype, answer, together):
 def test_a_base_that_answers_in_fp32_under_autocast():
     layer, x = made(), x_of()
     base = Answering(K, N)
-    base.load_state_dict(layer.base_layer.state_dict())
-    layer.base_layer = base
+    base.load_state_dict(layer.base.state_dict())
+    layer.base = base
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
         assert y.dtype == base(x).dtype == torch.float32
@@ -342,8 +342,8 @@ def test_rejects_an_offloaded_base():
 def test_acts_like_its_base():
     layer = made()
     assert (layer.in_features, layer.out_features) == (K, N)
-    assert layer.weight is layer.base_layer.weight
-    assert layer.bias is layer.base_layer.bias
+    assert layer.weight is layer.base.weight
+    assert layer.bias is layer.base.bias
 
 
 def test_scale_and_swapped_factors_do_not_recompile():
@@ -490,7 +490,7 @@ def test_merge_and_unmerge(spec):
     assert layer.weight.requires_grad
     assert torch.allclose(layer(x), y, atol=1e-4)
     assert "merged" in repr(layer)
-    assert list(layer.state_dict())[:2] == ["base_layer.weight", "base_layer.bias"]
+    assert list(layer.state_dict())[:2] == ["base.weight", "base.bias"]
     layer.merge(layer.adapters["0"])
     assert torch.allclose(layer(x), y, atol=1e-4)
     layer.unmerge(layer.adapters["0"])
@@ -552,7 +552,7 @@ def test_repr():
     layer = made(KronA((8, 4), scale=0.5))
     assert layer.extra_repr() == "64 -> 32 as (8x4) x (4x16), scale=0.5, fused"
     layer.add(LoKr(8, 1, 2.0, decompose_both=True).layout(N, K))
-    layer.base_layer.register_forward_hook(lambda *_: None)
+    layer.base.register_forward_hook(lambda *_: None)
     assert layer.extra_repr() == (
         "64 -> 32 as (8x4) x (4x16), scale=0.5 + as (4x1)·(1x8) x (8x1)·(1x8), scale=2.0,"
         " base + delta: the base has hooks"
