@@ -88,6 +88,7 @@ def _attach_linear(
         check_tensors("attach", {name: layout.sizes for name, layout in layouts.items()}, file.tensors)
     host = Host.of(model)
     attachment = LinearAttachment(model, spec, host, unmatched)
+    host.join(attachment)
     try:
         host.refuse_fusing(model)
         for place in places:
@@ -113,7 +114,9 @@ def _attach_bottlenecks(
     layouts = {block.name: spec.layout(*block.size, block.name) for block in blocks}
     if file is not None:
         check_tensors("attach", {name: layout.sizes for name, layout in layouts.items()}, file.tensors)
-    attachment = BottleneckAttachment(model, spec, Host.of(model), unmatched)
+    host = Host.of(model)
+    attachment = BottleneckAttachment(model, spec, host, unmatched)
+    host.join(attachment)
     try:
         for block in blocks:
             attachment.add(block)

@@ -67,7 +67,7 @@ class BottleneckAttachment(Attachment):
         for name, adapter in self._trained.items():
             assert isinstance(adapter, BottleneckAdapter)
             take_off(self._blocks[name].module, adapter)
-        self._host.leave(self.model)
+        self._host.leave(self)
         self._host = None
 
     @property

@@ -12,8 +12,9 @@ from ..formats.tensors import check_values
 from ..nn.kron import KronLinear
 from ..nn.layout import Layout
 from ..nn.specs import AdapterSpec
-from .host import ATTRIBUTE, Host
+from .host import Host
 from .sites import Place, attention_blocks, leaf, listed
+from .unadapted import HOST
 
 FUSED_PROJECTIONS = {
     "to_qkv": ("to_q", "to_k", "to_v"),
@@ -51,7 +52,7 @@ def check_places(model: nn.Module, places: Sequence[Place]) -> None:
     Those are adapted layers of another root, layers whose parent reads the weight without calling them, and
     projections that a fused one has replaced.
     """
-    host: Host | None = model.__dict__.get(ATTRIBUTE)
+    host: Host | None = model.__dict__.get(HOST)
     owned = {} if host is None else host.layers
     foreign = [
         place.name for place in places if isinstance(place.module, KronLinear) and place.name not in owned

@@ -3,48 +3,51 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..nn.factors import KronFactors
 from ..nn.kron import KronLinear
+from ..nn.trained import TrainedTensors
+from .host_methods import FUSING_METHODS, SAVING_METHODS, TREE_METHODS, Refusal, Saving, WithoutAdapters
+from .instance_methods import InstanceMethod, methods_of
 from .sites import Place
+from .unadapted import HOST
 
 if TYPE_CHECKING:
-    from .processors import SharingProcessors
-
-ATTRIBUTE = "_kronafuse_host"
-"""Where a model with adapters keeps its Host; absent from a model without."""
-
-FUSING_METHODS = ("fuse_qkv_projections", "fuse_projections")
-"""diffusers' methods that copy the frozen weights of q, k and v into one layer, without the deltas."""
+    from .attachment import Attachment
 
 
 class Host:
-    """The adapted layers of one model, its frozen parameters, its attention processors and its refusals.
+    """The adapted layers of one model, its attachments, its frozen parameters, and methods put on its modules.
 
     Everything is undone on the instance it was done to; nothing is changed in a class or a process.
     """
 
     def __init__(self) -> None:
         self.layers: dict[str, tuple[KronLinear, Place]] = {}
+        self.attachments: list[Attachment] = []
         self.frozen: list[tuple[nn.Module, str]] = []
-        self.refusing: list[tuple[nn.Module, str, Any, Any]] = []
-        self.processors: SharingProcessors | None = None
-        self.users = 0
+        self.methods: list[InstanceMethod] = []
 
     @classmethod
     def of(cls, model: nn.Module) -> Host:
-        """The model's Host, with one user more until `leave`; the first one freezes the model's parameters."""
-        host = model.__dict__.get(ATTRIBUTE)
+        """The model's Host; the first attachment makes it, which freezes the model's parameters."""
+        host = model.__dict__.get(HOST)
         if host is None:
             host = cls()
-            model.__dict__[ATTRIBUTE] = host
+            model.__dict__[HOST] = host
             host._freeze(model)
-        host.users += 1
+            for module, name in methods_of(model, SAVING_METHODS):
+                host.methods.append(Saving.install(host, module, name))
+            for module, name in methods_of(model, TREE_METHODS):
+                host.methods.append(WithoutAdapters.install(host, module, name))
         return host
+
+    def join(self, attachment: Attachment) -> None:
+        """One attachment more, until `leave`."""
+        self.attachments.append(attachment)
 
     def wrap(self, place: Place) -> KronLinear:
         """The adapted layer at this place, put there if it is not yet."""
@@ -58,13 +61,24 @@ class Host:
         return layer
 
     def share_inputs(self, model: nn.Module) -> None:
-        """Let known attention processors evaluate q, k and v from one read of x."""
+        """Let attention blocks whose processors we know evaluate q, k and v from one read of x."""
         if "diffusers" not in sys.modules:
             return  # then the model is none of its models
-        from .processors import SharingProcessors
+        from .processors import SharedForward, adapted_attention, can_share
 
-        self.processors = self.processors or SharingProcessors()
-        self.processors.extend(model)
+        for module in adapted_attention(model).values():
+            if can_share(module):
+                self.methods.append(SharedForward.install(self, module, "forward"))
+
+    def sharing(self, model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
+        """The adapted attention blocks that read x once, and why each other one does not."""
+        if "diffusers" not in sys.modules:
+            return (), {}
+        from .processors import adapted_attention, unshared_reason
+
+        reasons = {name: unshared_reason(module) for name, module in adapted_attention(model).items()}
+        left = {name: reason for name, reason in reasons.items() if reason is not None}
+        return tuple(name for name in reasons if name not in left), left
 
     def unwrap(self, name: str, factors: KronFactors) -> None:
         """Take one adapter off one layer; without adapters the base is put back where it was."""
@@ -76,7 +90,7 @@ class Host:
         layer, place = self.layers[name]
         if len(layer.adapters) == 0:
             for parent, attribute in place.holders:
-                setattr(parent, attribute, place.module)
+                setattr(parent, attribute, layer.base)
             del self.layers[name]
 
     def displaced(self) -> list[str]:
@@ -87,57 +101,71 @@ class Host:
             if any(parent._modules.get(attribute) is not layer for parent, attribute in place.holders)
         ]
 
-    def leave(self, model: nn.Module) -> None:
-        """One user less; after the last, the model is as it was before the first.
+    def in_weights(self, attachment: Attachment) -> bool:
+        """Whether an attachment's deltas are merged."""
+        return any(
+            name in self.layers
+            and isinstance(trained, KronFactors)
+            and self.layers[name][0].is_merged(trained)
+            for name, trained in attachment._trained.items()
+        )
+
+    def leave(self, attachment: Attachment) -> None:
+        """One attachment less; after the last, the model is as it was before the first.
 
         What has since been taken out of the model, or replaced in it, is passed over.
         """
-        if self.users > 1:
-            self.users -= 1
+        self.attachments = [each for each in self.attachments if each is not attachment]
+        if self.attachments:
             return
         for name in tuple(self.layers):
             self._put_back(name)
-        if self.processors is not None:
-            self.processors.restore()
-        for module, method, refusal, own in self.refusing:
-            if module.__dict__.get(method) is refusal:
-                del module.__dict__[method]
-                if own is not None:
-                    module.__dict__[method] = own
+        for method in self.methods:
+            method.uninstall(self)
+        self.methods = []
         for module, attribute in self.frozen:
-            parameter = module._parameters.get(attribute)
-            if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
-                parameter.requires_grad_(True)
-        model.__dict__.pop(ATTRIBUTE, None)
-        self.users = 0
+            _set_requires_grad(module, attribute, True)
+        self.frozen = []
+        attachment.model.__dict__.pop(HOST, None)
 
     def _freeze(self, model: nn.Module) -> None:
         for module in model.modules():
             for attribute, parameter in module._parameters.items():
-                if parameter is not None and parameter.requires_grad:
+                # The tensors of adapters on a part of this model, or on a larger one, stay trained.
+                if (
+                    parameter is not None
+                    and parameter.requires_grad
+                    and not isinstance(module, TrainedTensors)
+                ):
                     self.frozen.append((module, attribute))
                     parameter.requires_grad_(False)
 
+    def thaw(self, part: nn.Module) -> None:
+        """Undo the freezing of a part of the model, until `freeze_again`."""
+        for module, attribute in self._frozen_in(part):
+            _set_requires_grad(module, attribute, True)
+
+    def freeze_again(self, part: nn.Module) -> None:
+        """Freeze it again; what something else has frozen meanwhile is no longer ours to give back."""
+        inside = self._frozen_in(part)
+        for module, attribute in inside:
+            parameter = module._parameters.get(attribute)
+            if parameter is None or not parameter.requires_grad:
+                self.frozen.remove((module, attribute))
+            else:
+                parameter.requires_grad_(False)
+
+    def _frozen_in(self, part: nn.Module) -> list[tuple[nn.Module, str]]:
+        inside = {id(each) for each in part.modules()}
+        return [each for each in self.frozen if id(each[0]) in inside]
+
     def refuse_fusing(self, model: nn.Module) -> None:
         """Let diffusers' methods that would drop the deltas of linear layers raise."""
-        if self.refusing:
-            return
-        for module in model.modules():
-            for method in FUSING_METHODS:
-                if callable(getattr(module, method, None)):
-                    refusal = partial(_refuse, method, type(module).__name__)
-                    self.refusing.append((module, method, refusal, module.__dict__.get(method)))
-                    module.__dict__[method] = refusal
+        for module, name in methods_of(model, FUSING_METHODS):
+            self.methods.append(Refusal.install(self, module, name))
 
 
-def _refuse(method: str, name: str, *_args: Any, **_kwargs: Any) -> NoReturn:
-    before = (
-        " Where the adapters sit on a part of a model that was fusing its blocks in turn, those before this one"
-        " now hold fused copies of their weights; the outputs are unchanged."
-        if method == "fuse_projections"
-        else ""
-    )
-    raise RuntimeError(
-        f"{name}.{method}: the model carries kronafuse adapters, whose deltas a fused projection would drop."
-        f" Fuse first and adapt the fused layers, or merge(keep=False) and remove() the attachment first.{before}"
-    )
+def _set_requires_grad(module: nn.Module, attribute: str, value: bool) -> None:
+    parameter = module._parameters.get(attribute)
+    if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
+        parameter.requires_grad_(value)

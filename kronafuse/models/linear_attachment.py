@@ -13,7 +13,7 @@ from ..nn.specs import AdapterSpec
 from .attachment import Attachment
 from .host import Host
 from .report import LayerReport, Report
-from .sites import Place, listed
+from .sites import Place, listed, unadapted_projections
 
 
 class LinearAttachment(Attachment):
@@ -74,7 +74,7 @@ class LinearAttachment(Attachment):
                 layer.unmerge(self._factors(name), name=name)
         for name in self._trained:
             self._host.unwrap(name, self._factors(name))
-        self._host.leave(self.model)
+        self._host.leave(self)
         self._host = None
 
     @property
@@ -82,9 +82,15 @@ class LinearAttachment(Attachment):
         """What is adapted, how it runs and what is not."""
         host = self._live("report")
         layers = tuple(self._layer_report(name, layer) for name, layer in self._layers.items())
-        sharing = () if host.processors is None else tuple(host.processors.exchanged)
-        unshared = {} if host.processors is None else dict(host.processors.left)
-        return Report(type(self.model).__name__, layers, dict(self._unmatched), sharing, unshared)
+        sharing, unshared = host.sharing(self.model)
+        return Report(
+            type(self.model).__name__,
+            layers,
+            dict(self._unmatched),
+            sharing,
+            unshared,
+            unadapted_projections(self.model, self._layers),
+        )
 
     def _factors(self, name: str) -> KronFactors:
         return cast(KronFactors, self._trained[name])

@@ -1,24 +1,33 @@
-"""Attention processors that evaluate q, k and v from one read of their input.
+"""One read of x for q, k and v, whichever attention processor a block has.
 
-A stock processor asks its attention module for `to_q(x)`, `to_k(x)` and `to_v(x)` in turn. Ours is the stock
-processor with another module in its hands: one that answers the first of these calls with one operator call
-for all projections of the same x, and hands out the other results when they are asked for. Everything else,
-the choice of attention kernel (`_attention_backend`) and context parallelism (`_parallel_config`) with it,
-stays the stock processor's own. No parameter lives in a processor.
+A processor asks its attention module for `to_q(x)`, `to_k(x)` and `to_v(x)` in turn. The attention module's
+`forward` hands itself to its processor; here it hands over a stand-in, which answers the first of these calls
+with one operator call for all projections of the same x, and keeps the other results until they are asked for.
+The processors stay the stock objects in their places: diffusers compares their classes, sets other ones,
+and gives them an attention kernel (`_attention_backend`) and context parallelism (`_parallel_config`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, wraps
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    JointAttnProcessor2_0,
+)
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux2AttnProcessor
 from torch import Tensor, nn
 
 from ..nn.kron import KronLinear, joins_a_group, linear_group
+from .instance_methods import InstanceMethod
+
+if TYPE_CHECKING:
+    from .host import Host
 
 Groups = tuple[tuple[str, ...], ...]
 """Projections that take the same tensor, by attribute name."""
@@ -69,94 +78,62 @@ class SharedInput:
         return self._ready.pop(name)[1]
 
 
-def _sharing(stock: Callable[..., Any], groups: Callable[[Tensor | None], Groups]) -> Callable[..., Any]:
-    @wraps(stock)
-    def __call__(
-        self: Any,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        shared = SharedInput(attn, groups(encoder_hidden_states))
-        return stock(self, shared, hidden_states, encoder_hidden_states, *args, **kwargs)
-
-    return __call__
-
-
-class SharingAttnProcessor(AttnProcessor):
-    """`AttnProcessor` with one read of x."""
-
-    __call__ = _sharing(AttnProcessor.__call__, classic_groups)
-
-
-class SharingAttnProcessor2_0(AttnProcessor2_0):
-    """`AttnProcessor2_0` with one read of x."""
-
-    __call__ = _sharing(AttnProcessor2_0.__call__, classic_groups)
-
-
-class SharingJointAttnProcessor2_0(JointAttnProcessor2_0):
-    """`JointAttnProcessor2_0` (SD3) with one read of x and one of the context."""
-
-    __call__ = _sharing(JointAttnProcessor2_0.__call__, joint_groups)
-
-
-class SharingFluxAttnProcessor(FluxAttnProcessor):
-    """`FluxAttnProcessor` with one read of x and one of the context."""
-
-    __call__ = _sharing(FluxAttnProcessor.__call__, joint_groups)
-
-
-class SharingFlux2AttnProcessor(Flux2AttnProcessor):
-    """`Flux2AttnProcessor` with one read of x and one of the context."""
-
-    __call__ = _sharing(Flux2AttnProcessor.__call__, joint_groups)
-
-
-SHARING: dict[type, type] = {
-    AttnProcessor: SharingAttnProcessor,
-    AttnProcessor2_0: SharingAttnProcessor2_0,
-    JointAttnProcessor2_0: SharingJointAttnProcessor2_0,
-    FluxAttnProcessor: SharingFluxAttnProcessor,
-    Flux2AttnProcessor: SharingFlux2AttnProcessor,
+GROUPS: dict[type, Callable[[Tensor | None], Groups]] = {
+    AttnProcessor: classic_groups,
+    AttnProcessor2_0: classic_groups,
+    JointAttnProcessor2_0: joint_groups,
+    FluxAttnProcessor: joint_groups,
+    Flux2AttnProcessor: joint_groups,
 }
-"""Stock processor class -> ours. A processor of any other class is left as it is."""
+"""Processor class -> what shares a read. With a processor of any other class each projection is called."""
 
 
-class SharingProcessors:
-    """The processors of one model that were exchanged, and how to put the originals back.
+FORWARDS = (Attention.forward, FluxAttention.forward, Flux2Attention.forward)
+"""Those that do nothing with their own module but hand it to the processor, so that a stand-in will do."""
 
-    `left` names the adapted attention blocks whose processor is of a class we do not know.
-    """
 
-    def __init__(self) -> None:
-        self.exchanged: dict[str, tuple[nn.Module, Any, Any]] = {}
-        self.left: dict[str, str] = {}
+class SharedForward(InstanceMethod):
+    """An attention module's `forward` with one read of x, for as long as its processor is of a known class."""
 
-    def extend(self, model: nn.Module) -> None:
-        """Exchange the processors of every attention block that has adapted projections by now."""
-        for name, module in model.named_modules():
-            stock = getattr(module, "processor", None)
-            adapted = any(
-                isinstance(getattr(module, each, None), KronLinear) for group in JOINT for each in group
-            )
-            if stock is None or not adapted or name in self.exchanged:
-                continue
-            sharing = SHARING.get(type(stock))
-            if sharing is None:
-                self.left[name] = type(stock).__name__
-                continue
-            ours = object.__new__(sharing)
-            ours.__dict__.update(stock.__dict__)
-            module.processor = ours
-            self.exchanged[name] = (module, stock, ours)
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(module, name)
+        self.function = type(module).forward  # Dynamo does not look it up in a class that it allows in graphs
 
-    def restore(self) -> None:
-        """Put back every original that is still ours; a backend chosen in between is carried over."""
-        for module, stock, ours in self.exchanged.values():
-            if getattr(module, "processor", None) is ours:
-                stock.__dict__.update(ours.__dict__)
-                module.processor = stock
-        self.exchanged, self.left = {}, {}
+    def __call__(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """What the class's own forward returns."""
+        attn = self.module
+        groups = GROUPS.get(type(attn.processor))
+        stand_in = attn if groups is None else SharedInput(attn, groups(encoder_hidden_states))
+        return self.function(stand_in, hidden_states, encoder_hidden_states, *args, **kwargs)
+
+    def uninstall(self, host: Host) -> None:
+        """As ever, also from under accelerate's hook, which keeps the forward that it found."""
+        super().uninstall(host)
+        if not self.hosts and self.module.__dict__.get("_old_forward") is self:
+            self.module.__dict__["_old_forward"] = self.original()
+
+
+def can_share(attn: nn.Module) -> bool:
+    """Whether an attention block's forward is one that may be replaced."""
+    own = attn.__dict__.get("forward")
+    return isinstance(own, SharedForward) or (own is None and type(attn).forward in FORWARDS)
+
+
+def adapted_attention(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention blocks with a processor and adapted projections, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if getattr(module, "processor", None) is not None
+        and any(isinstance(getattr(module, each, None), KronLinear) for group in JOINT for each in group)
+    }
+
+
+def unshared_reason(attn: nn.Module) -> str | None:
+    """Why an adapted attention block reads x once per projection, or None where it reads x once."""
+    if not isinstance(attn.__dict__.get("forward"), SharedForward):
+        return "a forward of their own"
+    kind = type(attn.processor)
+    return None if kind in GROUPS else f"the processor {kind.__name__}"

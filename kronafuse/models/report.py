@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from .sites import leaf
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -26,11 +28,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Adapted layers, attention blocks without a match, and which attention processors share reads.
+    """Adapted layers, attention blocks and projections without a match, and which blocks share reads.
 
     unmatched:  attention block -> its linear layers, where no target matched
     sharing:    attention blocks whose q, k and v are evaluated from one read of x
-    unshared:   adapted attention block -> its processor's class, which we do not know and left as it is
+    unshared:   adapted attention block -> why it is not: a processor of a class that we do not know, or a
+                forward that was replaced
+    unadapted:  every linear layer of an attention block that has no adapter of this attachment
     """
 
     model: str
@@ -38,6 +42,7 @@ class Report:
     unmatched: dict[str, list[str]]
     sharing: tuple[str, ...]
     unshared: dict[str, str]
+    unadapted: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -63,9 +68,13 @@ class Report:
             )
         for name, layers in self.unmatched.items():
             lines.append(f"  no target matches attention block {name}, which has {', '.join(layers)}")
-        for name, count in Counter(self.unshared.values()).items():
+        for reason, count in Counter(self.unshared.values()).items():
+            lines.append(f"  {count} attention blocks have {reason}: x is read once per projection")
+        if self.unadapted:
+            leaves = Counter(leaf(name) for name in self.unadapted)
+            named = ", ".join(f"{name} ({count})" for name, count in leaves.items())
             lines.append(
-                f"  {count} attention blocks keep their processor {name}: x is read once per projection"
+                f"  attention projections without an adapter, by the targets that name them: {named}"
             )
         return "\n".join(lines)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -117,6 +117,16 @@ def unmatched_blocks(model: nn.Module, targets: Sequence[str]) -> dict[str, list
         elif not any(leaf(layer) in leaves for layer in layers):
             missed[name] = layers
     return missed if matched else {}
+
+
+def unadapted_projections(model: nn.Module, adapted: Collection[str]) -> tuple[str, ...]:
+    """The linear layers inside attention blocks that are not among the adapted ones, in the model's order."""
+    inside = {id(child) for block in attention_blocks(model).values() for _, child, _ in walk(block)}
+    return tuple(
+        name
+        for name, place in linear_places(model).items()
+        if id(place.module) in inside and name not in adapted
+    )
 
 
 def _unknown(model: nn.Module, target: str, places: dict[str, Place]) -> str:

@@ -332,9 +332,9 @@ def test_clip_takes_the_default_targets_by_its_own_names():
 def test_report():
     model, inputs = build("sdxl")
     attachment = attach(model, KronA((4, 8), targets=("to_q", "to_k")))
-    model.get_submodule(
-        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    ).base.register_forward_hook(lambda *_: None)
+    model.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q").base.register_forward_hook(
+        lambda *_: None
+    )
     output(model, inputs)
     report = attachment.report
     assert report.parameters == sum(each.numel() for each in attachment.parameters())

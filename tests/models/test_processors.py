@@ -15,8 +15,14 @@ from torch import nn
 
 pytest.importorskip("diffusers")
 
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
-from kronafuse.models.processors import SHARING
+from diffusers import ControlNetModel, UNet3DConditionModel, UNetSpatioTemporalConditionModel
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+)
+from kronafuse.models.processors import GROUPS, SharedForward
 
 KRONA = KronA((8, 4))
 JOINT = KronA(
@@ -40,13 +46,11 @@ def calls(monkeypatch):
 
 
 def unshared(model):
-    """The same model with its stock processors: each projection is called by itself."""
+    """The same model with the attention blocks' own forward: each projection is called by itself."""
     other = copy.deepcopy(model)
     for module in other.modules():
-        processor = getattr(module, "processor", None)
-        if type(processor) in SHARING.values():
-            module.processor = object.__new__(type(processor).__mro__[1])
-            module.processor.__dict__.update(processor.__dict__)
+        if isinstance(module.__dict__.get("forward"), SharedForward):
+            del module.__dict__["forward"]
     return other
 
 
@@ -142,12 +146,14 @@ def test_another_adapter_on_top_is_called():
     assert torch.allclose(output(unshared(model), inputs), output(model, inputs), atol=1e-5)
 
 
-@pytest.mark.parametrize("stock", SHARING, ids=lambda stock: stock.__name__)
-def test_signature_is_the_stock_one(stock):
-    """diffusers reads it to decide which keyword arguments to pass."""
-    ours = SHARING[stock]
-    assert issubclass(ours, stock)
-    assert inspect.signature(ours.__call__) == inspect.signature(stock.__call__)
+@pytest.mark.parametrize("name", ["sd15", "flux", "flux2"])
+def test_the_signature_of_forward_is_the_stock_one(name):
+    model, _ = build(name)
+    attach(model, KRONA, allow_partial=name in PARTIAL)
+    blocks = [each for each in model.modules() if "forward" in each.__dict__]
+    assert blocks
+    for each in blocks:
+        assert inspect.signature(each.forward) == inspect.signature(type(each).forward.__get__(each))
 
 
 def test_the_stock_arguments_arrive():
@@ -180,9 +186,11 @@ def test_unknown_processors_are_left_and_reported(calls):
     attachment = attach(model, KRONA)
     randomize(attachment)
     name = "mid_block.attentions.0.transformer_blocks.0.attn1"
-    assert attachment.report.unshared == {name: "SlicedAttnProcessor"}
+    assert attachment.report.unshared == {name: "the processor SlicedAttnProcessor"}
     assert name not in attachment.report.sharing
-    assert "1 attention blocks keep their processor SlicedAttnProcessor" in str(attachment.report)
+    assert "1 attention blocks have the processor SlicedAttnProcessor: x is read once per projection" in str(
+        attachment.report
+    )
     y = output(model, inputs)
     assert model.get_submodule(name).processor is sliced
     attachment.merge()
@@ -192,7 +200,7 @@ def test_unknown_processors_are_left_and_reported(calls):
 
 
 def test_backend_and_parallel_config_are_forwarded(monkeypatch):
-    """Chosen before or after attach, they reach the attention kernel; afterwards the stock processor has them."""
+    """Chosen before or after attach, they reach the attention kernel."""
     from diffusers.models.transformers import transformer_flux
 
     model, inputs = build("flux")
@@ -218,36 +226,127 @@ def test_backend_and_parallel_config_are_forwarded(monkeypatch):
     assert {each._parallel_config for each in stock.values()} == {config}
 
 
-def test_a_processor_chosen_after_attach_stays():
-    model, inputs = build("sd15")
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "clip"])
+def test_the_processors_stay_the_objects_that_they_are(name):
+    """diffusers and its hooks look a processor's exact class up."""
+    model, inputs = build(name)
+    before = [getattr(each, "processor", None) for each in model.modules()]
+    with attach(model, KRONA, allow_partial=name in PARTIAL) as attachment:
+        assert attachment.report.sharing
+        output(model, inputs)
+        of_model = [each for each in model.modules() if not isinstance(each, KronLinear)]
+        after = {id(each.processor) for each in of_model if getattr(each, "processor", None) is not None}
+        assert after == {id(each) for each in before if each is not None}
+
+
+def unet_3d():
+    return UNet3DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=24,
+        layers_per_block=1,
+        attention_head_dim=16,
+        norm_num_groups=8,
+    )
+
+
+def video():
+    return UNetSpatioTemporalConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=24,
+        layers_per_block=1,
+        num_attention_heads=2,
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+    )
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: build("sd15")[0],
+        unet_3d,
+        video,
+        lambda: ControlNetModel.from_unet(build("sd15")[0]),
+    ],
+    ids=["unet", "unet_3d", "video", "controlnet"],
+)
+def test_the_default_processors_can_be_set_after_attach_and_share(made):
+    model = made()
     attachment = attach(model, KRONA)
-    randomize(attachment)
-    y = output(model, inputs)
-    chosen = AttnProcessor2_0()
-    model.set_attn_processor(chosen)
-    assert torch.allclose(output(model, inputs), y, atol=1e-5)
+    sharing = attachment.report.sharing
+    assert sharing
+    classes = {type(each) for each in model.attn_processors.values()}
+    model.set_attn_processor(SlicedAttnProcessor(1))
+    assert attachment.report.sharing == ()
+    model.set_default_attn_processor()
+    assert attachment.report.sharing == sharing
+    chosen = model.attn_processors
+    assert {type(each) for each in chosen.values()} <= classes | {AttnProcessor}
     attachment.remove()
-    assert all(each is chosen for each in model.attn_processors.values())
+    assert all(chosen[name] is each for name, each in model.attn_processors.items())
+    assert not any("forward" in each.__dict__ for each in model.modules())
 
 
-def test_no_parameters_in_processors():
-    model, _ = build("flux")
-    attach(model, KRONA)
-    for each in model.attn_processors.values():
-        assert not isinstance(each, torch.nn.Module)
-        assert not any(isinstance(value, torch.Tensor) for value in vars(each).values())
+def test_a_processor_chosen_after_attach_shares(calls):
+    model, inputs = build("sd15")
+    randomize(attach(model, KRONA))
+    y = output(model, inputs)
+    model.set_default_attn_processor()
+    calls.clear()
+    assert torch.allclose(output(model, inputs), y, atol=1e-5)
+    assert {count for count, _ in calls} == {1, 2, 3}
+
+
+def test_a_hook_of_diffusers_finds_the_processors_class():
+    """Skip-layer guidance asks a registry that knows the stock classes only."""
+    from diffusers.hooks import LayerSkipConfig, apply_layer_skip
+
+    model, inputs = build("dit")
+    plain, _ = build("dit")
+    config = LayerSkipConfig(
+        indices=[0], fqn="transformer_blocks", skip_attention=False, skip_attention_scores=True, skip_ff=False
+    )
+    attachment = attach(model, KRONA)
+    start = output(model, inputs)
+    for each in (model, plain):
+        apply_layer_skip(each, config)
+    assert not torch.allclose(output(model, inputs), start, atol=1e-3)
+    assert torch.allclose(output(model, inputs), output(plain, inputs), atol=1e-5)
+    attachment.remove()
+    assert torch.equal(output(model, inputs), output(plain, inputs))
+
+
+def test_an_attention_block_with_a_forward_of_its_own_is_left_and_reported(calls):
+    model, inputs = build("dit")
+
+    class Louder(Attention):
+        def forward(self, *args, **kwargs):
+            return 2 * super().forward(*args, **kwargs)
+
+    model.transformer_blocks[0].attn1.__class__ = Louder
+    start = output(model, inputs)
+    attachment = attach(model, KRONA)
+    assert attachment.report.unshared == {"transformer_blocks.0.attn1": "a forward of their own"}
+    assert torch.allclose(output(model, inputs), start, atol=1e-5)
+    assert sorted(count for count, _ in calls) == [1, 1, 1, 1, 1, 3]
 
 
 def test_stock_classes_are_untouched():
-    before = {stock: dict(vars(stock)) for stock in SHARING}
+    before = {stock: dict(vars(stock)) for stock in GROUPS}
     model, inputs = build("flux")
     attach(model, KRONA)
     plain, plain_inputs = build("flux")
     output(model, inputs)
-    assert all(type(each) in SHARING for each in plain.attn_processors.values())
+    assert all(type(each) in GROUPS for each in plain.attn_processors.values())
     assert not any(isinstance(each, KronLinear) for each in plain.modules())
     output(plain, plain_inputs)
-    assert {stock: dict(vars(stock)) for stock in SHARING} == before
+    assert {stock: dict(vars(stock)) for stock in GROUPS} == before
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "clip"])
