@@ -19,7 +19,6 @@ from diffusers import ControlNetModel, UNet3DConditionModel, UNetSpatioTemporalC
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
-    AttnProcessor2_0,
     SlicedAttnProcessor,
 )
 from kronafuse.models.processors import GROUPS, SharedForward
