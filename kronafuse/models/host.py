@@ -10,7 +10,15 @@ from torch import nn
 from ..nn.factors import KronFactors
 from ..nn.kron import KronLinear
 from ..nn.trained import TrainedTensors
-from .host_methods import FUSING_METHODS, SAVING_METHODS, TREE_METHODS, Refusal, Saving, WithoutAdapters
+from .host_methods import (
+    FUSING_METHODS,
+    SAVING_METHODS,
+    TREE_METHODS,
+    Refusal,
+    Saving,
+    StateDict,
+    WithoutAdapters,
+)
 from .instance_methods import InstanceMethod, methods_of
 from .sites import Place
 from .unadapted import HOST
@@ -39,6 +47,7 @@ class Host:
             host = cls()
             model.__dict__[HOST] = host
             host._freeze(model)
+            host.methods.append(StateDict.install(host, model, "state_dict"))
             for module, name in methods_of(model, SAVING_METHODS):
                 host.methods.append(Saving.install(host, module, name))
             for module, name in methods_of(model, TREE_METHODS):

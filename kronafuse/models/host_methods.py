@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,28 @@ class Refusal(InstanceMethod):
             " Fuse first and adapt the fused layers, or merge(keep=False) and remove() the attachment"
             f" first.{before}"
         )
+
+
+class StateDict(InstanceMethod):
+    """The `state_dict` of a model that got adapters, which notices a save of a larger model around it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the method returns.
+
+        Raises RuntimeError within a `save_pretrained` of a model that attach did not see: the folder would load
+        with random weights in the adapted layers.
+        """
+        prefix = kwargs.get("prefix") or (args[1] if len(args) > 1 else "")
+        frame = sys._getframe(1) if prefix else None
+        while frame is not None:
+            if frame.f_code.co_name in SAVING_METHODS:
+                raise RuntimeError(
+                    f"save_pretrained: a part of the model, {prefix.rstrip('.')}, carries kronafuse adapters that"
+                    " were attached to it alone, and the folder would not load; attach to the whole model, or"
+                    " save it before attach or after remove()"
+                )
+            frame = frame.f_back
+        return self.original()(*args, **kwargs)
 
 
 class WithoutAdapters(InstanceMethod):

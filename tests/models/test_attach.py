@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from kronafuse import KronA, LoKr, LoRA, attach
 from kronafuse.formats import AdapterFile
+from kronafuse.models.sites import leaf
 from kronafuse.nn import KronLinear
 from small_models import MODELS, PARTIAL, build, output, randomize
 from torch import nn
@@ -352,6 +354,46 @@ def test_report():
     )
     assert "attn1.to_q" in text
     assert "32 -> 32 as (4x8) x (8x4), a_first, 64 parameters, base + delta: the base has hooks" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("sd15", {}),
+        ("sd3", {"add_q_proj": 2, "add_k_proj": 2, "add_v_proj": 2, "to_add_out": 1}),
+        ("flux", {"add_q_proj": 1, "add_k_proj": 1, "add_v_proj": 1, "to_add_out": 1}),
+        (
+            "flux2",
+            {
+                "add_q_proj": 1,
+                "add_k_proj": 1,
+                "add_v_proj": 1,
+                "to_add_out": 1,
+                "to_qkv_mlp_proj": 1,
+                "to_out": 1,
+            },
+        ),
+        ("clip", {}),
+    ],
+)
+def test_the_report_lists_every_attention_projection_without_an_adapter(name, left):
+    model, _ = build(name)
+    default = KronA((8, 4))
+    with attach(model, default, allow_partial=True) as attachment:
+        report = attachment.report
+        assert Counter(leaf(each) for each in report.unadapted) == left
+        assert not set(report.unadapted) & set(attachment.modules)
+        assert all(model.get_submodule(each).in_features for each in report.unadapted)
+        line = "attention projections without an adapter, by the targets that name them: "
+        named = ", ".join(f"{each} ({left[each]})" for each in dict.fromkeys(map(leaf, report.unadapted)))
+        assert (f"{line}{named}" in str(report)) == bool(left)
+    targets = (*default.targets, *left)
+    if left:
+        with attach(model, KronA((8, 4), targets=targets)) as attachment:
+            assert attachment.report.unadapted == ()
+    with attach(model, KronA((8, 4), targets=("attn2.to_k",) if name == "sd15" else targets)) as attachment:
+        count = len(attachment.report.unadapted)
+        assert count == (28 if name == "sd15" else 0)
 
 
 def test_unknown_target_lists_what_exists():

@@ -485,3 +485,49 @@ def test_only_the_main_process_writes_files_of_adapters(tmp_path):
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path, is_main_process=False)
     assert not (tmp_path / NAME).exists()
+
+
+def test_saving_around_an_adapted_part_is_refused(tmp_path):
+    model, _ = build("sd15")
+    before = snapshot(model)
+    with attach(model.mid_block, KRONA):
+        keys = list(model.state_dict())
+        assert any(key.startswith("mid_block") and ".base." in key for key in keys)
+        with pytest.raises(RuntimeError, match="save_pretrained: a part of the model, mid_block, carries"):
+            model.save_pretrained(tmp_path)
+        with attach(model, KronA((8, 4), targets=("ff.net.2",))):
+            save(model, tmp_path)
+            assert not UNet2DConditionModel.from_pretrained(tmp_path, output_loading_info=True)[1][
+                "missing_keys"
+            ]
+    assert snapshot(model) == before
+    model.save_pretrained(tmp_path / "after")
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    model, tokens = LlamaForCausalLM(config).eval(), {"input_ids": torch.tensor([[3, 1, 4, 1]])}
+    before, start = snapshot(model), output(model, tokens)
+    attachment = attach(model, LoRA(2, targets=("q_proj", "lm_head")))
+    randomize(attachment)
+    adapted = output(model, tokens)
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(output(model, tokens), adapted)
+    save(model, tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(output(loaded, tokens), start)
+    attach(loaded, formats.load(tmp_path / NAME))
+    assert torch.equal(output(loaded, tokens), adapted)
+    attachment.remove()
+    assert snapshot(model) == before
