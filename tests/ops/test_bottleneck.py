@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from kronafuse import available_impls, backends, checks
+from kronafuse.ops import scales
 from kronafuse.ops.bottleneck import eager, raw
 from kronafuse.ops.bottleneck.call import Call, Needs
 from kronafuse.ops.bottleneck.op import bottleneck
@@ -152,9 +153,7 @@ def test_zero_and_negative_scales_have_gradients(scale, impl):
 @pytest.mark.parametrize("case", ["primes", "narrowing", "no_residual", "no_biases", "no_biases_identity"])
 def test_a_scale_that_stays_on_its_device(case, dtype, monkeypatch):
     """On a GPU eager multiplies by a tensor scale instead of reading it; the same arithmetic anywhere."""
-    monkeypatch.setattr(
-        eager, "_alpha", lambda scale: (1.0, scale) if torch.is_tensor(scale) else (scale, None)
-    )
+    monkeypatch.setattr(scales, "on_host", lambda scale, _: scale)
     check(ODD_CASES[case], dtype, "eager", scale=torch.tensor(0.6))
 
 

@@ -70,7 +70,7 @@ struct Backward {
   int64_t tokens, width, features, inner;
   int64_t chunk;  // tokens at a time: all of them unless dy or x is copied
   double scale;
-  bool unscaled;  // gradients of up and its bias at scale 1 first: the scale's own is made of them
+  bool unscaled;  // gradients of up and its bias at scale 1 first: the scale's own is made of them, and no GEMM gets 0
   std::optional<Scratch> down_copy, up_copy, dy_copy, x_copy, dpre_place, hidden_place, dx_place;
   View down, up;
   std::optional<Floats> down_sums, up_sums;
@@ -79,7 +79,7 @@ struct Backward {
   explicit Backward(const BackwardCall& given) : call(given), compute(given.pre.dtype) {
     tokens = call.dy.size[0], width = call.down.size[0], features = call.up.size[0], inner = call.down.size[1];
     scale = scale_of(call.scale_number, call.scale);
-    unscaled = call.dscale.has_value();
+    unscaled = call.dscale.has_value() || scale == 0.0;
     const auto is_read = [&](const View& view) { return view.dtype == compute && is_gemm_ready(view); };
     const bool copies = !is_read(call.dy) || (call.ddown && !is_read(*call.x));
     chunk = std::max<int64_t>(1, tokens);
@@ -98,12 +98,13 @@ struct Backward {
   }
 
   void ready_up() {
+    const double gain = split(scale).of_operand;
     if (width <= kTinyWidth && tokens >= kTinyTokens && call.up.stride[0] != 1) {
       up_copy.emplace(compute, width, features);
-      convert(transposed(call.up), 1.0, up_copy->view());
+      convert(transposed(call.up), gain, up_copy->view());
       up = transposed(up_copy->view());
     } else {
-      up = readied(call.up, compute, up_copy, features);
+      up = readied(call.up, compute, up_copy, features, gain);
     }
   }
 
@@ -124,7 +125,7 @@ struct Backward {
     if (needs_dpre(call)) {
       if (!dpre_place) dpre_place.emplace(compute, chunk, width);
       const View dpre = dpre_place->rows(rows);
-      gemm(dpre, dy, up, 0.0, scale);
+      gemm(dpre, dy, up, 0.0, split(scale).of_product);
       differentiate(dpre, pre, call.activation, hidden ? &*hidden : nullptr, down_sums ? down_sums->data() : nullptr);
       if (call.dx) into_dx(dpre, raw, first, rows);
       if (ddown) ddown->accumulate(dpre, readied(some_rows(*call.x, first, rows), compute, x_copy, chunk), 1.0);

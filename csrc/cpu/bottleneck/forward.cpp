@@ -45,7 +45,7 @@ struct Forward {
   const ForwardCall& call;
   DType compute;
   int64_t chunk;
-  double scale;
+  double scale;  // never 0: then up and its bias are 0 instead
   std::optional<Floats> down_bias, up_bias;
   std::optional<Scratch> down_copy, up_copy, x_copy, pre_copy, hidden_copy, delta_copy;
   View down, up;
@@ -53,11 +53,12 @@ struct Forward {
   explicit Forward(const ForwardCall& given) : call(given), compute(given.pre.dtype) {
     chunk = std::max(kChunkRows, kChunkElements / call.up.size[0]);
     chunk = std::min(chunk, std::max<int64_t>(1, call.x.size[0]));
-    scale = scale_of(call.scale_number, call.scale);
+    const SplitScale scales = split(scale_of(call.scale_number, call.scale));
+    scale = scales.of_product;
     down_bias = bias_of(call.down_bias, compute);
-    up_bias = bias_of(call.up_bias, compute);
+    up_bias = bias_of(call.up_bias, compute, scales.of_operand);
     down = readied(call.down, compute, down_copy, call.down.size[0]);
-    up = readied(call.up, compute, up_copy, call.up.size[0]);
+    up = readied(call.up, compute, up_copy, call.up.size[0], scales.of_operand);
   }
 
   View scratch(std::optional<Scratch>& place, int64_t rows, int64_t columns) {

@@ -110,24 +110,25 @@ Scratch::Scratch(DType dtype, int64_t rows, int64_t columns)
 
 View Scratch::rows(int64_t count) const { return some_rows(view_, 0, count); }
 
-std::optional<Floats> bias_of(const std::optional<View>& bias, DType compute) {
+std::optional<Floats> bias_of(const std::optional<View>& bias, DType compute, double gain) {
   if (!bias) return std::nullopt;
   std::optional<Floats> out(std::in_place, bias->size[0]);
+  const float factor = static_cast<float>(gain);
   for (int64_t i = 0; i < bias->size[0]; ++i) {
-    out->data()[i] = rounded_to(compute, load_element(bias->data, bias->dtype, i * bias->stride[0]));
+    out->data()[i] = factor * rounded_to(compute, load_element(bias->data, bias->dtype, i * bias->stride[0]));
   }
   return out;
 }
 
 double scale_of(double number, const std::optional<View>& tensor) {
-  return tensor ? number * load_wide(*tensor, 0) : number;
+  return static_cast<float>(tensor ? number * load_wide(*tensor, 0) : number);
 }
 
-View readied(const View& view, DType compute, std::optional<Scratch>& scratch, int64_t rows) {
-  if (view.dtype == compute && is_gemm_ready(view)) return view;
+View readied(const View& view, DType compute, std::optional<Scratch>& scratch, int64_t rows, double gain) {
+  if (gain == 1.0 && view.dtype == compute && is_gemm_ready(view)) return view;
   if (!scratch) scratch.emplace(compute, rows, view.size[1]);
   const View copy = scratch->rows(view.size[0]);
-  convert(view, 1.0, copy);
+  convert(view, gain, copy);
   return copy;
 }
 

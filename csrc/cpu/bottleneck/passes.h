@@ -20,13 +20,22 @@ class Scratch {
   View view_;
 };
 
-// A bias as floats rounded to the compute dtype; nothing where there is none.
-std::optional<Floats> bias_of(const std::optional<View>& bias, DType compute);
+// gain · a bias as floats rounded to the compute dtype; nothing where there is none.
+std::optional<Floats> bias_of(const std::optional<View>& bias, DType compute, double gain = 1.0);
 
+// number · tensor, rounded to fp32, in which it is applied.
 double scale_of(double number, const std::optional<View>& tensor);
 
-// The view itself where a GEMM in `compute` reads it, else a copy in `scratch`, which is made for `rows` rows at once.
-View readied(const View& view, DType compute, std::optional<Scratch>& scratch, int64_t rows);
+// What multiplies an operand before its product, and what multiplies the product. A GEMM never gets a scale of 0: it
+// would not read its operands, and a NaN in them would be lost.
+struct SplitScale {
+  double of_operand, of_product;
+};
+inline SplitScale split(double scale) { return scale == 0.0 ? SplitScale{scale, 1.0} : SplitScale{1.0, scale}; }
+
+// The view itself where a GEMM in `compute` reads it and gain is 1, else a copy of gain · view in `scratch`, which is
+// made for `rows` rows at once.
+View readied(const View& view, DType compute, std::optional<Scratch>& scratch, int64_t rows, double gain = 1.0);
 
 // hidden = act(pre + bias), both (M, H) contiguous in the compute dtype; `keep` writes pre + bias back.
 void activate(const View& pre, const float* bias, bool keep, int64_t activation, const View& hidden);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import scales
 from ..calls import as_dtype
 from .activations import BACKWARD, FORWARD
 from .call import Call, Gradients, Needs, result_dtype, scale_gradients
@@ -62,11 +63,12 @@ def _up_gradients(
     if needs.up or needs.scale:
         hidden, scale = FORWARD[call.activation](pre), 1.0 if needs.scale else call.scale
         if hidden.shape[1] <= NARROW and hidden.shape[0] >= NARROW_TOKENS:
-            dup = _scaled_product(hidden.t(), low, scale).t()
+            dup = scales.product(hidden.t(), low, scale).t()
         else:
-            dup = _scaled_product(low.t(), hidden, scale)
+            dup = scales.product(low.t(), hidden, scale)
     if call.up_bias is not None and (needs.up_bias or needs.scale):
-        dup_bias = low.sum(0)
+        # In 16 bits the sum may overflow before it meets the scale.
+        dup_bias = low.sum(0, dtype=torch.promote_types(low.dtype, torch.float32))
     if needs.scale:
         assert dup is not None
         return scale_gradients(call, needs, dup, dup_bias)
@@ -98,35 +100,19 @@ def _add_linear(
             product = _add_linear(None, x[rows], weight, bias, scale, x.dtype)
             out[rows] = product if base is None else base[rows] + product
         return out
-    alpha, rest = _alpha(scale)
+    weight, alpha, rest = scales.split(weight, scale)
+    if bias is not None:
+        bias = scales.split(bias, scale)[0]
     if rest is not None:
         delta = linear(x, weight, bias).mul_(rest)
         return delta if base is None else delta.add_(base)
     if bias is None:
-        return (
-            _scaled_product(x, weight.t(), alpha)
-            if base is None
-            else torch.addmm(base, x, weight.t(), alpha=alpha)
-        )
+        if base is not None:
+            return torch.addmm(base, x, weight.t(), alpha=alpha)
+        return scales.product(x, weight.t(), alpha)
     if base is None:
         return torch.addmm(bias, x, weight.t(), beta=alpha, alpha=alpha)
     if dtype in (torch.float16, torch.bfloat16) or not base.is_contiguous():
         delta = linear(x, weight, bias)
         return torch.add(base, delta, alpha=alpha, out=delta)
     return torch.add(base, bias, alpha=alpha).addmm_(x, weight.t(), alpha=alpha)
-
-
-def _scaled_product(left: Tensor, right: Tensor, scale: float | Tensor) -> Tensor:
-    """scale · left right; the scale multiplies the accumulator where it is known on the host."""
-    alpha, rest = _alpha(scale)
-    if alpha == 1 and rest is None:
-        return torch.mm(left, right)
-    product = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)
-    return product if rest is None else product.mul_(rest)
-
-
-def _alpha(scale: float | Tensor) -> tuple[float, Tensor | None]:
-    """The scale as a GEMM's alpha; what cannot be one without a sync is left."""
-    if not isinstance(scale, Tensor):
-        return scale, None
-    return (scale.item(), None) if scale.device.type == "cpu" else (1.0, scale)

@@ -39,6 +39,8 @@ def bottleneck(
     and their gradients come in their own. Under autocast all but the residual is cast to autocast's dtype, and the
     result has the residual's dtype promoted with it: a float32 residual is never rounded to 16 bits.
     Gradients of everything that asks for one; second derivatives raise.
+    A scale of 0 is multiplied by: y is the residual where the other tensors are finite, and NaN where a NaN or an
+    infinity of theirs goes in. An infinity is also what x · downᵀ becomes beyond fp16, which no scale multiplies.
     Raises ValueError (shapes), TypeError (dtypes), NotImplementedError (impl cannot serve; lists the reasons).
     Source: arXiv 2303.18181.
     """

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import scales
 from . import composed, sums
-from .maps import KronMap
+from .maps import KronMap, down_scale
 
 CASTS_FACTORS: bool = False
 """torch's GEMMs take operands of one dtype: maps come with their factors cast."""
@@ -36,30 +37,17 @@ def _shrink_one(x: Tensor, kron: KronMap) -> Tensor:
         assert kron.a is not None
         return mix(kron.in_view(x), kron.a, kron.scale).flatten(1)
     right = kron.b if kron.b_down is None else kron.b_down
-    scale = 1.0 if kron.order == "low_rank" and kron.a is not None else kron.scale
     rows = (kron.in_view(x) if kron.in_shuffled else x).reshape(-1, right.shape[1])
-    return _block(rows, right, scale).view(x.shape[0], kron.left[1] * right.shape[0])
-
-
-def _block(rows: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
-    """scale · rows Bᵀ: (M·I1, I2), (O2, I2) -> (M·I1, O2)."""
-    alpha, rest = _alpha(scale, rows.device)
-    if alpha == 1:
-        return _times(torch.mm(rows, b.t()), rest)
-    return torch.addmm(rows.new_empty(()), rows, b.t(), beta=0, alpha=alpha)
+    product = scales.product(rows, right.t(), down_scale(kron))
+    return product.view(x.shape[0], kron.left[1] * right.shape[0])
 
 
 def mix(p: Tensor, a: Tensor, scale: float | Tensor) -> Tensor:
     """scale · A p[m]: (M, I1, R), (O1, I1) -> (M, O1, R)."""
-    alpha, rest = _alpha(scale, p.device)
     if _is_small(a, p.shape[2], p.shape[0]) and p.stride(1) == p.shape[2] * p.stride(2):
-        dense = _beside_identity(a, p.shape[2])
-        out = torch.addmm(p.new_empty(()), p.flatten(1), dense.t(), beta=0, alpha=alpha)
-        return _times(out, rest).view(p.shape[0], a.shape[0], p.shape[2])
-    batch = a.expand(p.shape[0], -1, -1)
-    if alpha == 1:
-        return _times(torch.bmm(batch, p), rest)
-    return torch.baddbmm(p.new_empty(()), batch, p, beta=0, alpha=alpha)
+        out = scales.product(p.flatten(1), _beside_identity(a, p.shape[2]).t(), scale)
+        return out.view(p.shape[0], a.shape[0], p.shape[2])
+    return scales.batched_product(a, p, scale)
 
 
 def _is_small(a: Tensor, size: int, tokens: int) -> bool:
@@ -155,6 +143,12 @@ def reduce(
     """scale · Σ_{m,g} (p_scale[g] ⊙ p[m,g])ᵀ q[m,g]: (M, G, P), (M, G, Q) -> (P, Q) in `dtype`."""
     if p_scale is not None:
         p = p * p_scale.to(p.dtype)
+    number = scales.on_host(scale, p.dtype)
+    # A sum that overflows 16 bits must not meet a scale of 0.
+    if isinstance(number, Tensor):
+        q = q * (number != 0) if p.dtype == torch.float16 else q
+    elif number == 0:
+        q, number = q * number, 1.0
     (tokens, group, height), width = p.shape, q.shape[2]
     rows_merge = _rows_merge(p) and _rows_merge(q)
     # Sums of partial sums are as wide as these here, but would be rounded once more in 16 bits.
@@ -167,7 +161,7 @@ def reduce(
         out = torch.bmm(p.mT, q).sum(0)
     else:
         out = _whole_reduce(p, q)
-    return (out.to(dtype) * scale) if isinstance(scale, Tensor) or scale != 1 else out.to(dtype)
+    return (out.to(dtype) * number) if isinstance(number, Tensor) or number != 1 else out.to(dtype)
 
 
 def _whole_reduce(p: Tensor, q: Tensor) -> Tensor:
@@ -189,17 +183,6 @@ def _columns(view: Tensor) -> Tensor:
 def _rows_merge(view: Tensor) -> bool:
     """Whether (M, G, P) is (M·G, P) without a copy."""
     return view.shape[0] == 1 or view.shape[1] == 1 or view.stride(0) == view.shape[1] * view.stride(1)
-
-
-def _alpha(scale: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
-    """The scale as a GEMM's alpha, which multiplies the accumulator; what cannot be one without a sync is left."""
-    if not isinstance(scale, Tensor):
-        return scale, None
-    return (scale.item(), None) if device.type == "cpu" else (1.0, scale)
-
-
-def _times(out: Tensor, rest: Tensor | None) -> Tensor:
-    return out if rest is None else out * rest.to(out.dtype)
 
 
 shrink_reduce, reduce_shared = composed.shrink_reduce_of(shrink, reduce), composed.reduce_shared_of(reduce)

@@ -17,7 +17,7 @@ from . import reduction_tuning, route, sums, tuning
 from .beside_kernel import same_ups
 from .dense_kernel import build_down, build_up
 from .linear_kernel import DENSE_SLOTS, linear_with_tails
-from .maps import KronMap, first_factor, first_rows, first_scale, inner_rows
+from .maps import KronMap, down_scale, first_factor, first_rows, first_scale, inner_rows
 from .mix_kernel import Left, mix_tokens
 from .one_pass_kernel import fat_term, linear_in_one_pass, permuted
 from .reduce_kernel import SLOTS as REDUCE_SLOTS
@@ -73,7 +73,7 @@ def _shrink_together(x: Tensor, maps: Sequence[KronMap]) -> list[Tensor]:
     view, in_scale = first.in_view(x), _in_scale_view(first)
     if first.order == "a_first":
         return [each.flatten(1) for each in mix_tokens(view, [_left(kron) for kron in maps], in_scale)]
-    downs = [Down(_right_down(kron), _down_scale(kron)) for kron in maps]
+    downs = [Down(_right_down(kron), down_scale(kron)) for kron in maps]
     return shrink_rows(view, downs, in_scale, _built_beside(maps))
 
 
@@ -112,7 +112,7 @@ def _shrink_dense(x: Tensor, maps: Sequence[KronMap]) -> list[Tensor]:
     downs = []
     for kron, part in zip(maps, down.split(widths), strict=True):
         build_down(kron, part)
-        downs.append(Down(part, _down_scale(kron)))
+        downs.append(Down(part, down_scale(kron)))
     return shrink_rows(x.unsqueeze(1), downs, None)
 
 
@@ -145,11 +145,6 @@ def _down_width(kron: KronMap) -> int:
     if kron.order == "a_first":
         return kron.left[0] * kron.right[1]
     return kron.left[1] * _right_down(kron).shape[0]
-
-
-def _down_scale(kron: KronMap) -> float | Tensor:
-    """The scale of the first product: with a low-rank B and a left factor, `mix` takes it instead."""
-    return 1.0 if kron.order == "low_rank" and kron.a is not None else kron.scale
 
 
 def _in_scale_view(kron: KronMap) -> Tensor | None:
@@ -341,7 +336,7 @@ def shrink_reduce(
             gradients[index] = shrink_reduce_rows(
                 rows,
                 factor.t(),
-                _down_scale(kron),
+                down_scale(kron),
                 scale,
                 other,
                 inner_rows(kron, t),

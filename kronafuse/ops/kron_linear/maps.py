@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...planner import Choice, Order, choose
 from ...shapes import KronShape
+from .. import scales
 from ..calls import as_dtype
 from . import sums
 from .terms import KronTerm
@@ -142,6 +143,17 @@ def first_factor(kron: KronMap) -> Tensor:
         assert kron.a is not None
         return kron.a
     return kron.b if kron.b_down is None else kron.b_down
+
+
+def down_scale(kron: KronMap) -> float | Tensor:
+    """The scale of the first product. With a low-rank B and a left factor `mix` applies it instead.
+
+    Then P is unscaled and may overflow in fp16, so a scale of 0 that the host knows makes it 0 here already.
+    """
+    if kron.order != "low_rank" or kron.a is None:
+        return kron.scale
+    number = scales.on_host(kron.scale, kron.b.dtype)
+    return 0.0 if not isinstance(number, Tensor) and number == 0 else 1.0
 
 
 def first_scale(kron: KronMap) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ... import native
 from ...planner import SMALL_BYTES
+from .. import scales
 from ..outputs import new_output
 from . import composed
 from .maps import KronMap, first_rows, first_scale, inner_rows
@@ -26,7 +27,6 @@ from .native_cpu_products import (
     as_factor,
     chunks,
     first_product,
-    gemm,
     inner_width,
     mix_tokens,
     number,
@@ -124,7 +124,7 @@ def reduce(
 ) -> Tensor:
     """scale · Σ_{m,g} (p_scale[g] ⊙ p[m,g])ᵀ q[m,g]: (M, G, P), (M, G, Q) -> (P, Q) in `dtype`."""
     if p_scale is None and dtype == p.dtype and torch_sums(p, q):
-        return gemm(rows_of(p).t(), rows_of(q), number(scale))
+        return scales.product(rows_of(p).t(), rows_of(q), scale)
     out = new_output(p, (p.shape[2], q.shape[2]), dtype)
     _reduce(p, q, p_scale, number(scale), False, out)
     return out

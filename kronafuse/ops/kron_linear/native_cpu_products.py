@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ... import native
+from .. import scales
 from ..outputs import new_output
-from .maps import KronMap, first_factor
+from .maps import KronMap, down_scale, first_factor
 
 CHUNK_BYTES = 1 << 22
 """Of the rows that are rearranged, or of a fat T, at a time: what a shared cache holds beside its sources."""
@@ -60,21 +61,20 @@ def first_product(x: Tensor, kron: KronMap) -> Tensor:
     if kron.order == "a_first":
         assert kron.a is not None
         if kron.right[1] == 1 and kron.in_scale is None:
-            return gemm(x, as_factor(kron.a, x.dtype).t(), number(kron.scale))
+            return scales.product(x, as_factor(kron.a, x.dtype).t(), kron.scale)
         if kron.in_scale is None and not kron.in_shuffled and torch_mixes(kron.a, x):
-            left = as_factor(kron.a, x.dtype).expand(x.shape[0], -1, -1)
-            none = x.new_empty(())
-            return torch.baddbmm(none, left, kron.in_view(x), beta=0, alpha=number(kron.scale)).flatten(1)
+            left = as_factor(kron.a, x.dtype)
+            return scales.batched_product(left, kron.in_view(x), kron.scale).flatten(1)
         out = new_output(x, (x.shape[0], kron.left[0] * kron.right[1]))
         target = out.view(x.shape[0], kron.left[0], kron.right[1])
-        scales = None if kron.in_scale is None else kron.in_view(kron.in_scale.unsqueeze(0)).squeeze(0)
-        _mix(kron.in_view(x), kron.a, scales, None, None, None, number(kron.scale), False, target)
+        in_scale = None if kron.in_scale is None else kron.in_view(kron.in_scale.unsqueeze(0)).squeeze(0)
+        _mix(kron.in_view(x), kron.a, in_scale, None, None, None, number(kron.scale), False, target)
         return out
     right = as_factor(first_factor(kron), x.dtype).t()
-    scale = 1.0 if kron.order == "low_rank" and kron.a is not None else number(kron.scale)
+    scale = number(down_scale(kron))
     view = kron.in_view(x)
     if kron.in_scale is None and rows_merge(view):
-        return gemm(rows_of(view), right, scale).view(x.shape[0], kron.left[1] * right.shape[1])
+        return scales.product(rows_of(view), right, scale).view(x.shape[0], kron.left[1] * right.shape[1])
     return _first_of_copies(view, kron, right, scale)
 
 
@@ -82,11 +82,11 @@ def _first_of_copies(view: Tensor, kron: KronMap, right: Tensor, scale: float) -
     """T where the rows of x (M, I1, I2) must be scaled or laid side by side first."""
     tokens, left, features = view.shape
     out = new_output(view, (tokens * left, right.shape[1]))
-    scales = None if kron.in_scale is None else kron.in_view(kron.in_scale.unsqueeze(0)).squeeze(0)
+    in_scale = None if kron.in_scale is None else kron.in_view(kron.in_scale.unsqueeze(0)).squeeze(0)
     for part in chunks(tokens, left * features * view.element_size()):
         rows = view[part]
         copy = new_output(view, rows.shape)
-        _mix(rows, None, scales, None, None, None, scale, False, copy)
+        _mix(rows, None, in_scale, None, None, None, scale, False, copy)
         torch.mm(copy.flatten(0, 1), right, out=out[part.start * left : part.stop * left])
     return out.view(tokens, left * right.shape[1])
 
@@ -128,14 +128,14 @@ def add_product(
     target = kron.out_view(y)
     bias = None if bias is None else kron.out_view(bias.unsqueeze(0)).squeeze(0)
     base = None if base is None else kron.out_view(base)
-    scales = None if kron.out_scale is None else kron.out_view(kron.out_scale.unsqueeze(0)).squeeze(0)
+    out_scale = None if kron.out_scale is None else kron.out_view(kron.out_scale.unsqueeze(0)).squeeze(0)
     if kron.order == "b_first":
         inner = inner.view(y.shape[0], kron.left[1], kron.b.shape[0])
-        plain = accumulate and bias is None and base is None and scales is None and not kron.out_shuffled
+        plain = accumulate and bias is None and base is None and out_scale is None and not kron.out_shuffled
         if plain and kron.a is not None and torch_mixes(kron.a, y):
             target.baddbmm_(as_factor(kron.a, y.dtype).expand(y.shape[0], -1, -1), inner)
             return
-        _mix(inner, kron.a, None, scales, bias, base, 1.0, accumulate, target)
+        _mix(inner, kron.a, None, out_scale, bias, base, 1.0, accumulate, target)
         return
     right = as_factor(kron.b, y.dtype).t()
     for part in chunks(y.shape[0], y.shape[1] * y.element_size()):
@@ -143,7 +143,7 @@ def add_product(
             part.stop - part.start, *target.shape[1:]
         )
         part_base = None if base is None else base[part]
-        _mix(delta, None, None, scales, bias, part_base, 1.0, accumulate, target[part])
+        _mix(delta, None, None, out_scale, bias, part_base, 1.0, accumulate, target[part])
 
 
 def add_in_chunks(
@@ -185,13 +185,6 @@ def torch_mixes(a: Tensor, x: Tensor) -> bool:
     return min(a.shape) >= TORCH_MIX and x.dtype == torch.bfloat16 and _ops.level() == AVX512
 
 
-def gemm(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale · left right; the scale multiplies the accumulator."""
-    if scale == 1:
-        return torch.mm(left, right)
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
-
-
 def as_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """A factor in this dtype, its neighbours in memory as before."""
     if factor.dtype == dtype:
@@ -204,7 +197,10 @@ def as_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def number(scale: float | Tensor) -> float:
-    return scale.item() if isinstance(scale, Tensor) else scale
+    """The scale as the kernels take it: a number of float32."""
+    host = scales.on_host(scale, torch.float32)
+    assert not isinstance(host, Tensor)
+    return host
 
 
 def chunks(tokens: int, token_bytes: int) -> Iterator[slice]:

@@ -16,7 +16,7 @@ from ..outputs import new_output
 from . import composed, sums
 from . import native_cuda_calls as calls
 from . import native_cuda_route as route
-from .maps import KronMap
+from .maps import KronMap, down_scale
 
 CASTS_FACTORS: bool = True
 """Kernels read a factor in its own dtype and round it as they do: a cast would be a launch of its own."""
@@ -46,7 +46,7 @@ def _shrink_rows(x: Tensor, maps: Sequence[KronMap]) -> list[Tensor]:
     view, in_scale = first.in_view(x), None
     if first.in_scale is not None:
         in_scale = first.in_view(first.in_scale.unsqueeze(0)).squeeze(0)
-    scales = [_down_scale(kron) for kron in maps]
+    scales = [down_scale(kron) for kron in maps]
     if first.order == "a_first":
         return [each.flatten(1) for each in calls.mix(view, [_left(kron) for kron in maps], scales, in_scale)]
     if all(route.by_gemm(kron, x) for kron in maps):
@@ -69,7 +69,7 @@ def _shrink_by_gemm(x: Tensor, kron: KronMap) -> Tensor:
 def _shrink_dense(x: Tensor, maps: Sequence[KronMap]) -> list[Tensor]:
     """Thin maps on different rows, by their dense forms."""
     downs = [_dense_down(kron, x.dtype) for kron in maps]
-    return calls.shrink(x.unsqueeze(1), downs, [_down_scale(kron) for kron in maps], None)
+    return calls.shrink(x.unsqueeze(1), downs, [down_scale(kron) for kron in maps], None)
 
 
 def _dense_down(kron: KronMap, dtype: torch.dtype) -> Tensor:
@@ -88,11 +88,6 @@ def _left(kron: KronMap) -> Tensor:
 def _right_down(kron: KronMap) -> Tensor:
     """The right factor's down part, (O2, I2) or (R, I2)."""
     return kron.b if kron.b_down is None else kron.b_down
-
-
-def _down_scale(kron: KronMap) -> float | Tensor:
-    """The scale of the first product: with a low-rank B and a left factor, `mix` takes it instead."""
-    return 1.0 if kron.order == "low_rank" and kron.a is not None else kron.scale
 
 
 def mix(p: Tensor, a: Tensor, scale: float | Tensor) -> Tensor:

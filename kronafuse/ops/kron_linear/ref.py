@@ -12,15 +12,15 @@ from .terms import FrozenLinear, KronTerm
 
 def delta_weight(term: KronTerm, dtype: torch.dtype) -> Tensor:
     """scale · row_scale ⊙ (A ⊗ B), (N, K); shuffled: row n2·N1 + n1 holds what row n1·N2 + n2 of A ⊗ B holds."""
-    b = term.b.to(dtype)
+    # The scale comes first: at 0 no product of finite factors overflows.
+    b = (term.scale.to(dtype) if isinstance(term.scale, Tensor) else term.scale) * term.b.to(dtype)
     if term.b_down is not None:
         b = b @ term.b_down.to(dtype)
     a = b.new_ones((1, 1)) if term.a is None else term.a.to(dtype)
     product = torch.einsum("ij,pq->ipjq", a, b)
     if term.shuffled:
         product = product.transpose(0, 1)
-    scale = term.scale.to(dtype) if isinstance(term.scale, Tensor) else term.scale
-    delta = scale * product.flatten(2).flatten(0, 1)
+    delta = product.flatten(2).flatten(0, 1)
     return delta if term.row_scale is None else term.row_scale.to(dtype)[:, None] * delta
 
 

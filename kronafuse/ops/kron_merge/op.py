@@ -92,6 +92,7 @@ def kron_merge(
     shuffled: row n2·N1 + n1 of W takes what row n1·N2 + n2 of A ⊗ B holds
 
     Returns (N, K), contiguous, in the weight's dtype; differentiable in all tensors. Autocast changes nothing.
+    A scale of 0 is multiplied by: where the factors hold NaN or infinity, the result is NaN.
     Raises ValueError (shapes), TypeError (dtypes).
     """
     return merge_by("auto", weight, a, b, b_down, scale, shuffled)
