@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import TYPE_CHECKING
@@ -17,14 +18,20 @@ if TYPE_CHECKING:
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ACTIVATIONS = ("identity", "relu", "sigmoid", "silu", "gelu")
 """Between a bottleneck's two layers; gelu is the exact one, by erf."""
+FLOAT32_MAX = torch.finfo(torch.float32).max
+"""The largest scale beside everything but float64: kernels apply scales in float32."""
 MAX_WIDTH = 256
 """Largest hidden width H of a bottleneck."""
 _Named = Sequence[tuple[str, Tensor | None]]
 
 
 def check_tensor(op: str, name: str, value: object, *, optional: bool = False) -> None:
-    """Raises TypeError unless the value is a tensor, or None where it is optional."""
-    if not (isinstance(value, Tensor) or (optional and value is None)):
+    """Raises TypeError unless the value is a dense tensor, or None where it is optional."""
+    if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_nested:
+            kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+            raise TypeError(f"{op}: {name} must be a dense tensor (layout torch.strided); got {kind}")
+    elif not (optional and value is None):
         or_none = " or None" if optional else ""
         raise TypeError(f"{op}: {name} must be a tensor{or_none}; got {type(value).__name__}")
 
@@ -152,16 +159,39 @@ def _check_layer(op: str, x: Tensor, layer: FrozenLinear, features: int) -> None
 
 
 def check_scale(op: str, scale: object, x: Tensor) -> None:
-    """Raises unless the scale is a real number or a floating 0-d tensor on x's device."""
-    if type(scale) is float:
+    """Raises unless the scale is a finite real number or a floating 0-d tensor on x's device.
+
+    Values are looked at outside torch.compile only, where a look would make the number a constant, and those of
+    tensors never, which would wait for a GPU: a NaN or an infinity there goes into the result.
+    """
+    if type(scale) is float and (torch.compiler.is_compiling() or -FLOAT32_MAX <= scale <= FLOAT32_MAX):
         return
     if isinstance(scale, Tensor):
+        check_tensor(op, "scale", scale)
         check_dtype(op, "scale", scale)
         check_same_device(op, "scale", scale, x)
         if scale.dim() != 0:
             raise ValueError(f"{op}: scale must be a float or a 0-d tensor; got {shape_text(scale)}")
     elif isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"{op}: scale must be a float or a 0-d tensor; got {type(scale).__name__}")
+    elif not torch.compiler.is_compiling():
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        check_number(op, "scale", scale, wide)
+
+
+def check_number(op: str, name: str, value: Real, dtype: torch.dtype = torch.float32) -> float:
+    """The number as a float. Raises ValueError unless it is finite in this dtype."""
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond float64
+        number = math.inf
+    largest = torch.finfo(dtype).max
+    if not -largest <= number <= largest:  # NaN is not
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{op}: {name} must be a finite number of {kind}, from -{largest:.7g} to {largest:.7g}; got {number!r}"
+        )
+    return number
 
 
 def check_merge(op: str, weight: Tensor, a: Tensor | None, b: Tensor, b_down: Tensor | None) -> None:

@@ -6,6 +6,8 @@ import math
 from numbers import Real
 from typing import Any
 
+from ..checks import check_number
+
 
 def plain(value: Any) -> Any:
     """The Python value of a NumPy scalar, a 0-d array or a 0-d tensor; anything else as it is."""
@@ -13,13 +15,16 @@ def plain(value: Any) -> Any:
 
 
 def number(owner: str, name: str, value: Any) -> float:
-    """The value as a finite float. Raises TypeError for what is no number, ValueError for NaN and infinity."""
+    """The value as a float. Raises TypeError for what is no number, ValueError for what is not finite in float32.
+
+    Kernels apply scales in float32, so 1e39 would be an infinity there.
+    """
     converted = plain(value)
     if isinstance(converted, bool) or not isinstance(converted, Real):
         raise TypeError(f"{owner}: {name} must be a finite number; got {value!r}")
-    if not math.isfinite(converted):
+    if isinstance(converted, float) and not math.isfinite(converted):
         raise ValueError(f"{owner}: {name} must be a finite number; got {converted!r}")
-    return float(converted)
+    return check_number(owner, name, converted)
 
 
 def flag(owner: str, name: str, value: Any) -> bool:

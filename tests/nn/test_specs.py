@@ -189,6 +189,12 @@ def test_rejects_factors_that_do_not_divide():
         (lambda: KronA(dtype=torch.int8), TypeError, "dtype must be torch.float32.*got torch.int8"),
         (lambda: KronA(dtype=torch.float8_e4m3fn), TypeError, "dtype must be torch.float32"),
         (lambda: KronA(scale=math.nan), ValueError, "scale must be a finite number; got nan"),
+        (lambda: KronA(scale=1e39), ValueError, "KronA: scale must be a finite number of float32, from -3.4"),
+        (
+            lambda: KronA(scale=10**400),
+            ValueError,
+            "KronA: scale must be a finite number of float32, from -3.4",
+        ),
         (
             lambda: KronA(per_target={"to_q": {"rank": 3}}),
             ValueError,

@@ -8,6 +8,7 @@ import kronafuse
 import pytest
 import torch
 from kronafuse import FrozenLinear, KronTerm, kron_delta, kron_linear, kron_linear_group, kron_merge, plan
+from kronafuse.ops.bottleneck.op import bottleneck
 
 
 def rand(*shape, dtype=torch.float32):
@@ -80,6 +81,79 @@ def test_rejects_scales():
         kron_delta(rand(2, 8), rand(2, 2), rand(3, 4), scale=rand(3))
     with raises(TypeError, "kron_delta: scale must be a float or a 0-d tensor; got str"):
         kron_delta(rand(2, 8), rand(2, 2), rand(3, 4), scale="1")
+
+
+def operations():
+    """Every public operator with all its tensors."""
+    x, weight, a, b, b_down = rand(4, 8), rand(6, 8), rand(2, 2), rand(3, 2), rand(2, 4)
+    yield (
+        "kron_linear",
+        kron_linear,
+        {"x": x, "weight": weight, "a": a, "b": b, "b_down": b_down, "bias": rand(6)},
+    )
+    yield "kron_delta", kron_delta, {"x": x, "a": a, "b": b, "b_down": b_down, "base": rand(4, 6)}
+    yield "kron_linear_group", group_of_one, {"x": x, "a": a, "b": rand(3, 4), "row_scale": rand(6)}
+    yield "kron_merge", kron_merge, {"weight": weight, "a": a, "b": b, "b_down": b_down}
+    biases = {"down_bias": rand(3), "up_bias": rand(8)}
+    yield (
+        "bottleneck",
+        bottleneck,
+        {"x": x, "residual": rand(4, 8), "down": rand(3, 8), "up": rand(8, 3), **biases},
+    )
+
+
+def group_of_one(x, a, b, row_scale, scale=1.0):
+    return kron_linear_group(x, [FrozenLinear(None, (KronTerm(a, b, None, scale, row_scale=row_scale),))])
+
+
+LAYOUTS = {
+    "layout torch.sparse_coo": lambda tensor: tensor.to_sparse(),
+    "layout torch.sparse_csr": lambda tensor: tensor.to_sparse_csr(),
+    "layout torch._mkldnn": lambda tensor: tensor.to_mkldnn(),
+    "a nested tensor": lambda tensor: torch.nested.nested_tensor(list(tensor)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors):UserWarning")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rejects_tensors_that_are_not_dense(layout, autocast):
+    for op, function, tensors in operations():
+        for name, tensor in tensors.items():
+            if layout == "layout torch.sparse_csr" and tensor.dim() == 1:
+                continue
+            other = LAYOUTS[layout](tensor)
+            message = f"{op}: {name} must be a dense tensor (layout torch.strided); got {layout}"
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast), raises(TypeError, message):
+                function(**{**tensors, name: other})
+        with raises(TypeError, f"{op}: scale must be a dense tensor"):
+            function(**tensors, scale=torch.tensor(1.0).to_sparse())
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning", "ignore:.*quantize:DeprecationWarning")
+def test_rejects_complex_and_quantized_tensors():
+    for op, function, tensors in operations():
+        for name, tensor in tensors.items():
+            with raises(
+                TypeError, f"{op}: {name} must be float32, float16, bfloat16 or float64; got complex64"
+            ):
+                function(**{**tensors, name: tensor.to(torch.complex64)})
+            with raises(TypeError, f"{op}: {name} must be float32, float16, bfloat16 or float64; got qint8"):
+                function(**{**tensors, name: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)})
+
+
+@pytest.mark.parametrize("scale", [1e39, -1e39, float("nan"), float("inf"), 10**400])
+def test_rejects_scales_that_are_not_finite_in_float32(scale):
+    rule = "scale must be a finite number of float32, from -3.402823e+38 to 3.402823e+38; got"
+    for op, function, tensors in operations():
+        with raises(ValueError, f"{op}: {rule}"):
+            function(**tensors, scale=scale)
+
+
+def test_takes_scales_of_float64_beside_float64():
+    y = kron_delta(rand(2, 8).double(), rand(2, 2), rand(3, 4), scale=1e39)
+    assert y.isfinite().all()
+    assert y.abs().max() > 1e37
 
 
 def test_rejects_another_device():
