@@ -26,6 +26,12 @@ def package_version(name: str) -> str | None:
         return None
 
 
+def install_extra(*extras: str) -> str:
+    """How one of these extras is installed, as the end of a message: the package's name is not on an index."""
+    commands = " or ".join(f'pip install ".[{extra}]"' for extra in extras)
+    return f"install with: {commands} in a clone of kronafuse's repository"
+
+
 @cache
 def has_triton() -> bool:
     """Whether Triton can be imported; it is not imported here."""

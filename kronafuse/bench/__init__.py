@@ -16,6 +16,6 @@ def require_libraries(libraries: tuple[str, ...] = LIBRARIES) -> None:
     """ImportError that names what is absent and the extra that brings it; the commands call it first."""
     absent = [name for name in libraries if importlib.util.find_spec(name) is None]
     if absent:
-        raise ImportError(
-            f"kronafuse.bench: needs {', '.join(absent)}; install with: pip install kronafuse[bench]"
-        )
+        from ..env import install_extra
+
+        raise ImportError(f"kronafuse.bench: needs {', '.join(absent)}; {install_extra('bench')}")

@@ -237,7 +237,7 @@ class Results:
         """
         path = Path(path)
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = json.loads(path.read_text(encoding="utf-8-sig"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path.name}: not JSON: {error}") from error
         if not isinstance(value, dict) or "schema" not in value:

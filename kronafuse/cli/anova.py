@@ -43,6 +43,7 @@ def anova(
     require_libraries(ANOVA_LIBRARIES)
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from ..study.anova.analysis import analyse
     from ..study.anova.report import (
@@ -55,11 +56,12 @@ def anova(
         type_two_rows,
         type_two_title,
     )
+    from ..train.files import file_name
 
-    folder = output or results.parent / f"anova-{response}"
+    folder = output or results.parent / file_name(f"anova-{response}")
     analysis = analyse(
         results, folder,
-        response=response, factors=None if factors is None else factors.split(","),
+        response=response, factors=None if factors is None else [each.strip() for each in factors.split(",")],
         where=where or [], interactions=interactions, allow_missing=allow_missing,
     )  # fmt: skip
     console = Console()
@@ -67,9 +69,11 @@ def anova(
     tables = {title: one_way_rows(results) for title, (_, results) in one_way_tables(analysis).items()}
     tables[type_two_title(analysis)] = type_two_rows(analysis.type_two)
     for title, (head, rows) in tables.items():
-        table = Table(*head, title=f"{response}: {title}")
+        table = Table(title=Text(f"{response}: {title}", style="table.title"))
+        for name in head:
+            table.add_column(Text(name))
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         console.print(table)
     notes = alias_notes(analysis.type_two)
     notes += [f"Left out: {name} ({why})." for name, why in design.left_out.items()]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import platform
+from typing import Annotated
 
 import torch
+import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .. import env
@@ -19,19 +22,27 @@ LIBRARIES = (
 """Distributions that kronafuse works with."""
 
 
-def doctor() -> None:
-    """Show versions, devices, compiled libraries, and which implementations can run here and why the others cannot."""
+def doctor(
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="The CUDA kernels' registers and configurations too.")
+    ] = False,
+) -> None:
+    """Show which implementations can run here and why the others cannot, then libraries, versions and devices."""
+    console = Console()
+    for table in (implementations(), *doctor_native.tables(kernels=kernels), versions(), devices()):
+        console.print(table)
+    if kernels and (absent := doctor_native.no_kernels()):
+        console.print(absent, markup=False)
+
+
+def implementations() -> Table:
+    """Every implementation, and what rules it out."""
     from .. import available_impls
 
-    console = Console()
-    console.print(versions())
-    console.print(devices())
-    for table in doctor_native.tables():
-        console.print(table)
     table = Table("implementation", "here", title="Implementations")
     for name, reasons in available_impls().items():
-        table.add_row(name, "; ".join(reasons) if reasons else "runs")
-    console.print(table)
+        table.add_row(name, escape("; ".join(reasons)) if reasons else "runs")
+    return table
 
 
 def versions() -> Table:

@@ -7,19 +7,27 @@ import re
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from .. import native
 
 
-def tables() -> list[Table]:
-    """The libraries, and, where the introspection module knows of CUDA kernels, what these take."""
+def tables(*, kernels: bool = False) -> list[Table]:
+    """The libraries; with `kernels` also what the CUDA kernels use, if the introspection module knows of any."""
+    module, reason = introspection()
+    shown = [libraries(module, reason)]
+    if kernels and module is not None and module.usages():
+        shown += [registers(module), configurations(module)]
+    return shown
+
+
+def no_kernels() -> str:
+    """Why there are no tables of kernels; empty if there are."""
     module, reason = introspection()
     if module is None:
-        return [libraries(None, reason)]
-    if not module.usages():
-        return [libraries(module)]
-    return [libraries(module), kernels(module), configurations(module)]
+        return f"No tables of kernels: kronafuse._C: {reason}."
+    return "" if module.usages() else "No tables of kernels: the CUDA library was not built with any."
 
 
 def introspection() -> tuple[Any | None, str]:
@@ -42,9 +50,9 @@ def libraries(module: Any | None, reason: str = "") -> Table:
     for key, name in (("cpu", native.CPU), ("cuda", native.CUDA)):
         entry = native.build_record().get(key, {})
         table.add_row(
-            name, "; ".join(reasons[key]) or "runs", made_with(entry) if entry.get("built") else "no"
+            name, escape("; ".join(reasons[key])) or "runs", made_with(entry) if entry.get("built") else "no"
         )
-    table.add_row("kronafuse._C", "runs" if module else reason, made_with(facts(module)))
+    table.add_row("kronafuse._C", "runs" if module else escape(reason), made_with(facts(module)))
     return table
 
 
@@ -64,7 +72,7 @@ def made_with(entry: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def kernels(module: Any) -> Table:
+def registers(module: Any) -> Table:
     """Kernel -> registers a thread on each architecture, and the bytes that it takes at most on any of them."""
     usages = module.usages()
     archs = sorted({each.arch for each in usages}, key=lambda arch: (int(arch.rstrip("a")), arch))
@@ -75,7 +83,7 @@ def kernels(module: Any) -> Table:
     table.add_column("bytes", no_wrap=True)
     for kernel in sorted({_template(each) for each in usages}):
         instances = [each for each in usages if _template(each) == kernel]
-        registers = [
+        most = [
             str(max((each.registers for each in instances if each.arch == arch), default=""))
             for arch in archs
         ]
@@ -84,7 +92,7 @@ def kernels(module: Any) -> Table:
             max(each.spill_store_bytes + each.spill_load_bytes for each in instances),
             max(each.shared_bytes for each in instances),
         )
-        table.add_row(kernel, *registers, ", ".join(map(str, taken)))
+        table.add_row(kernel, *most, ", ".join(map(str, taken)))
     return table
 
 

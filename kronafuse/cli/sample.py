@@ -16,9 +16,9 @@ def sample(
     adapter: Annotated[
         Path | None, typer.Option(help="Adapter file; the base model alone if absent.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="A .png for one grid, otherwise a folder of images.")] = Path(
-        "runs/sample"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="A .png, .jpg or .webp for one grid, otherwise a folder of images.")
+    ] = Path("runs/sample"),
     count: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance; 1 for none.")] = 2.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ def connected(resources: Resources, folder: Path) -> Iterator[int]:
     import ray
 
     ours = not ray.is_initialized()
+    on_termination = signal.getsignal(signal.SIGTERM)
     if ours and resources.address is None:
         ray.init(
             address="local",
@@ -71,6 +73,8 @@ def connected(resources: Resources, folder: Path) -> Iterator[int]:
         check_answers(str(resources.address))
         ray.init(address=resources.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
+        if ours and callable(on_termination):
+            signal.signal(signal.SIGTERM, on_termination)  # Ray has put its own, which ends the process
         if resources.address is not None:
             check_shared(folder)
         yield slots(resources)
@@ -125,7 +129,7 @@ def check_shared(folder: Path) -> None:
 
     token = secrets.token_hex(16)
     path = folder / f".shared-{token}"
-    path.write_text(token)
+    path.write_text(token, encoding="ascii")
     try:
         task = ray.remote(read_token)
         answers = {
@@ -148,6 +152,6 @@ def check_shared(folder: Path) -> None:
 def read_token(path: Path) -> str | None:
     """What the file holds, None where it is not there; runs on a node of the cluster."""
     try:
-        return path.read_text()
+        return path.read_text(encoding="ascii")
     except OSError:
         return None

@@ -1,14 +1,11 @@
-"""A sweep's folder: which job it is of, what was ever asked of it, and who is at work in it."""
+"""A sweep's folder: which job it is of, and what was ever asked of it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from ..formats.atomic import write_json
 from .families import Config
@@ -18,8 +15,6 @@ from .runs import RUNS, Run
 
 SWEEP = "sweep.json"
 """The job and the settings of a folder, which all its runs share, and the configurations of all its grids."""
-
-LOCK = ".sweep.lock"
 
 
 def claim(folder: Path, job: Job, settings: Mapping[str, Any], configs: Sequence[Config]) -> None:
@@ -71,19 +66,3 @@ def asked_runs(folder: Path) -> list[Run]:
         return []
     job, settings = there["job"], there["settings"]
     return [Run(run_id(job, settings, config), config, settings) for config in there["configs"]]
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process; BlockingIOError where another one does. A killed process holds nothing."""
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise BlockingIOError(
-            f"sweep: another sweep is at work in {folder}; wait for it or stop it"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import env
 from ..formats.atomic import write_json
+from ..train.streams import replace_unprintable
 from ..version import VERSION
 from .families import AXES, Config
 from .job import Job
@@ -82,6 +83,7 @@ def execute(job: Job, run: Run, folder: Path, threads: int) -> str:
     """
     import torch
 
+    replace_unprintable()
     if is_finished(folder, run.id):
         return FINISHED
     torch.set_num_threads(threads)

@@ -14,8 +14,9 @@ from rich.console import Console
 from ..formats.atomic import remove_stale, write_json
 from ..train.files import prepare_output
 from ..train.interrupt import Interrupted, InterruptFlag
+from ..train.lock import held
 from .cluster import Resources, connected
-from .folder import claim, locked
+from .folder import claim
 from .grid import Grid, run_id
 from .job import Job
 from .results import write_results
@@ -68,9 +69,9 @@ def sweep(
     retries:      how often a run is started again whose worker process died
     retry_failed: redo the runs that failed before
 
-    A run that raises is recorded and stops no other. Ctrl-C stops the running ones and raises `Interrupted`.
+    A run that raises is recorded and stops no other. Ctrl-C or SIGTERM stops the running ones and raises `Interrupted`.
     Raises ValueError for what the job's check refuses, before anything is written, and for a folder of another
-    job or other settings; BlockingIOError where another sweep is at work in it; before the job prepares
+    job or other settings; BlockingIOError where another process is at work in it; before the job prepares
     anything, the errors of `connected`.
     """
     console = console or Console()
@@ -86,7 +87,7 @@ def sweep(
     if job.check is not None:
         job.check(complete, grid.configs)
     prepare_output(folder)
-    with locked(folder):
+    with held(folder, "sweep"):
         claim(folder, job, complete, grid.configs)
         records = read_records(folder)
         _check_axes(runs, records, folder)
@@ -170,7 +171,9 @@ def _keep_working(
                     running[task.remote(shared_job, run, folder.resolve(), resources.per_run)] = run
                 view.running = len(running)
                 if interrupt.raised:
-                    raise Interrupted(f"stopped with {len(ran)} more runs done; the same command goes on")
+                    raise Interrupted(
+                        f"stopped with {len(ran)} more runs done; the same command goes on", interrupt.number
+                    )
                 for answer in ray.wait(list(running), timeout=POLL_SECONDS)[0]:
                     run = running.pop(answer)
                     view.ended_run(_ended(answer, run, folder, retries), len(running))

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 
-LIBRARIES = ("accelerate", "diffusers", "matplotlib", "numpy", "PIL", "sklearn", "tqdm", "transformers")
+LIBRARIES = (
+    "accelerate",
+    "diffusers",
+    "filelock",
+    "matplotlib",
+    "numpy",
+    "PIL",
+    "sklearn",
+    "tqdm",
+    "transformers",
+)
 """What the `train` extra brings, by import name."""
 
 
@@ -16,6 +26,6 @@ def require_libraries() -> None:
     """ImportError that names what is absent and the extra that brings it; the commands call it first."""
     absent = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if absent:
-        raise ImportError(
-            f"kronafuse.train: needs {', '.join(absent)}; install with: pip install kronafuse[train]"
-        )
+        from ..env import install_extra
+
+        raise ImportError(f"kronafuse.train: needs {', '.join(absent)}; {install_extra('train')}")

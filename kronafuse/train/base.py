@@ -63,7 +63,7 @@ class Base:
 
     @torch.no_grad()
     def decode_images(self, latents: Tensor) -> Tensor:
-        """Images in [-1, 1], on the CPU in float32, decoded one by one."""
+        """Images in [-1, 1], on the CPU in float32, decoded one by one; NaN stays, and so does inf as NaN."""
         if self.vae is not None:
             latents = latents / self.vae.config["scaling_factor"] + (
                 self.vae.config.get("shift_factor") or 0.0
@@ -73,7 +73,8 @@ class Base:
                 for each in latents
             ]
             latents = torch.cat(decoded)
-        return latents.float().clamp(-1, 1).cpu()
+        latents = latents.float()
+        return latents.clamp(-1, 1).where(latents.isfinite(), torch.nan).cpu()
 
     def to(self, device: torch.device) -> Base:
         """Moves everything."""
@@ -102,9 +103,16 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
             of `Base.save` or `tokenizer/` and `text_encoder/` (CLIP; for SDXL the same twice, the second with _2)
     dtype:  of U-Net and conditioning; the VAE stays in float32, whose range half precision lacks
 
-    Raises FileNotFoundError (no folder, a part that is missing), ValueError (a part of another kind, or one that
+    Raises NotADirectoryError (a single file, with how to convert it), FileNotFoundError (no folder, a part that is
+    missing), ValueError (a part of another kind, or one that
     cannot be read).
     """
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"base model {folder} is a file, and a folder as diffusers saves it is needed, with unet/ and scheduler/."
+            f' diffusers makes one of a single file: StableDiffusionPipeline.from_single_file("{folder.as_posix()}")'
+            '.save_pretrained("FOLDER"), or StableDiffusionXLPipeline for SDXL; then give FOLDER'
+        )
     if not folder.is_dir():
         raise FileNotFoundError(
             f"base model {folder} does not exist or is not a folder (hub names are not taken)"

@@ -1,4 +1,4 @@
-"""Images between tensors in [-1, 1] and PNG files."""
+"""Images between tensors in [-1, 1] and picture files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ from ..formats.atomic import written_beside
 
 MODES = {1: "L", 3: "RGB"}
 """PIL's image mode for each number of channels."""
+
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""The suffixes of pictures that are written -> PIL's name of the format."""
+
+QUALITY = 95
+"""Of JPEG and WebP, from 0 to 100; PNG loses nothing and has none."""
 
 
 def image_mode(channels: int) -> str:
@@ -59,8 +66,13 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 def save_png(path: Path, image: Image.Image) -> None:
     """A PNG file, whole or not at all."""
+    save_picture(path, image, "PNG")
+
+
+def save_picture(path: Path, image: Image.Image, format: str) -> None:
+    """A file of one of `FORMATS`, whole or not at all; what loses detail does so at high quality."""
     with written_beside(path) as partial:
-        image.save(partial, format="PNG")
+        image.save(partial, format=format, quality=QUALITY)
 
 
 def grid(pixels: Tensor, columns: int, *, zoom: int = 1, gap: int = 1) -> Image.Image:

@@ -30,11 +30,11 @@ def option(help: str, default: Any, **rules: Any) -> Any:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The keys of a TOML file; ValueError where it is not TOML."""
+    """The keys of a TOML file, with or without a byte order mark; ValueError where it is not TOML."""
     if not path.is_file():
         raise FileNotFoundError(f"configuration file {path} does not exist")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
 

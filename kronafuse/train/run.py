@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from tqdm import tqdm
 
 from .. import formats
 from ..models.attach import Attachment, attach
+from ..nn.bottleneck_spec import Bottleneck
+from ..nn.specs import KronA, LoKr, LoRA
 from .adapter import adapter_spec
 from .base import Base, load_base
 from .checkpoint import ADAPTER, LATEST, checkpoints, find_checkpoint, restore, save_checkpoint
@@ -20,6 +26,7 @@ from .data import ImageFolder
 from .files import prepare_output, write_json
 from .images import grid, save_png
 from .interrupt import Interrupted, InterruptFlag
+from .lock import held
 from .loop import Trainer, new_accelerator
 from .plots import save_loss_curves
 from .sampling import sample
@@ -38,16 +45,24 @@ def train(config: TrainConfig) -> Path:
     """Trains what `config` says and returns the adapter file.
 
     Written to `config.output`: checkpoint-STEP/ folders, validation/step-STEP.png, adapter.safetensors,
-    losses.json and loss.png. Ctrl-C finishes the step, saves a checkpoint and raises `Interrupted`.
+    losses.json and loss.png. Ctrl-C or SIGTERM finishes the step, saves a checkpoint and raises `Interrupted`.
+    Raises BlockingIOError where another process is at work in that folder; of the processes of one run only the
+    main one holds it.
     """
     spec = adapter_spec(config)
+    prepare_output(config.output)
+    accelerator = new_accelerator(config)
+    with held(config.output, "train") if accelerator.is_main_process else nullcontext():
+        return _train(config, spec, accelerator)
+
+
+def _train(config: TrainConfig, spec: KronA | LoKr | LoRA | Bottleneck, accelerator: Accelerator) -> Path:
+    """The run, in a folder that is this process's or its main process's."""
     if config.resume is None and checkpoints(config.output):
         raise ValueError(
             f"output folder {config.output} has checkpoints of a run before; go on with resume = {LATEST!r} or give"
             " another output folder"
         )
-    prepare_output(config.output)
-    accelerator = new_accelerator(config)
     base = load_base(config.base, DTYPES[config.mixed_precision])
     resolution = config.resolution or base.resolution
     base.check_resolution(resolution)
@@ -64,7 +79,13 @@ def train(config: TrainConfig) -> Path:
     trainer = Trainer(base, list(attachment.parameters()), examples, config, accelerator)
     values = {**configuration(config), "images": examples.identity}
     if config.resume is not None:
-        restore(find_checkpoint(config.output, config.resume), trainer, attachment, values)
+        folder = find_checkpoint(config.output, config.resume)
+        restore(folder, trainer, attachment, values)
+        if trainer.step > config.steps:
+            raise ValueError(
+                f"checkpoint {folder} has {trainer.step} steps behind it, and steps = {config.steps} are fewer; to"
+                f" go on give more steps than {trainer.step}, or name an earlier checkpoint"
+            )
 
     with InterruptFlag() as interrupt:
 
@@ -76,13 +97,18 @@ def train(config: TrainConfig) -> Path:
                 if accelerator.is_main_process:
                     save_checkpoint(config.output, trainer, attachment, values)
             if stop and not finished:
-                raise Interrupted(f"stopped after step {trainer.step}; go on with --resume latest")
+                raise Interrupted(
+                    f"stopped after step {trainer.step}; go on with --resume latest", interrupt.number
+                )
             if (
                 accelerator.is_main_process
                 and config.validate_every
                 and trainer.step % config.validate_every == 0
             ):
-                draw_validation(base, config, validation, trainer.step, resolution)
+                try:
+                    draw_validation(base, config, validation, trainer.step, resolution)
+                except FloatingPointError as error:  # pictures are no reason to end a training
+                    tqdm.write(f"no validation images after step {trainer.step}: {error}", file=sys.stderr)
 
         trainer.run(on_step, title=config.adapter)
     accelerator.wait_for_everyone()
@@ -101,7 +127,10 @@ def configuration(config: TrainConfig) -> Mapping[str, Any]:
 def draw_validation(
     base: Base, config: TrainConfig, conditions: list[str], step: int, resolution: int
 ) -> Path:
-    """A PNG with a row of images for each condition, from the same noise at every step."""
+    """A PNG with a row of images for each condition, from the same noise at every step.
+
+    Raises FloatingPointError where an image is not finite.
+    """
     each = [condition for condition in conditions for _ in range(config.validation_count)]
     images = sample(
         base,
@@ -126,5 +155,5 @@ def write_results(output: Path, attachment: Attachment, losses: list[float]) -> 
 
 
 def _anywhere(trainer: Trainer, interrupt: InterruptFlag) -> bool:
-    """Whether Ctrl-C reached any process; all of them must stop at the same step."""
+    """Whether Ctrl-C or SIGTERM reached any process; all of them must stop at the same step."""
     return trainer.over_processes(float(interrupt.raised)) > 0

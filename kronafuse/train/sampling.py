@@ -29,6 +29,8 @@ def sample(
     seed:       image i starts from noise that depends on seed and i alone
     batch_size: images denoised at once; with guidance the model sees twice as many
 
+    Raises FloatingPointError that names the first image with values that are not finite.
+
     Source: Song et al. 2021, arXiv 2010.02502; Ho and Salimans 2022, arXiv 2207.12598.
     """
     resolution = resolution or base.resolution
@@ -45,13 +47,18 @@ def sample(
                 torch.randn(shape, generator=generator_for(seed, "start", first + i))
                 for i in range(len(part))
             ]
-            batches.append(base.decode_images(_denoise(base, torch.stack(noise), part, steps, guidance)))
+            latents = _denoise(base, torch.stack(noise), part, steps, guidance)
+            check_finite("denoised", latents, part, first, base, guidance)
+            images = base.decode_images(latents)
+            check_finite("decoded by the VAE", images, part, first, base, guidance)
+            batches.append(images)
         return torch.cat(batches)
     finally:
         base.unet.train(training)
 
 
 def _denoise(base: Base, noise: Tensor, conditions: Sequence[str], steps: int, guidance: float) -> Tensor:
+    """Latents, NaN where the model predicted NaN or inf at any step."""
     scheduler = sampling_scheduler(base)
     scheduler.set_timesteps(steps)
     latents = noise.to(base.unet.device, torch.float32)
@@ -59,11 +66,35 @@ def _denoise(base: Base, noise: Tensor, conditions: Sequence[str], steps: int, g
     both = [*([UNCONDITIONAL] * len(conditions) if guided else []), *conditions]
     condition = base.conditioning.encode(both, noise.shape[-1] * base.reduction)
     dtype = base.unet.conv_in.weight.dtype
+    finite = torch.ones(len(conditions), dtype=torch.bool, device=latents.device)
     for step in scheduler.timesteps:
         inputs = torch.cat([latents, latents]) if guided else latents
         prediction = base.unet(inputs.to(dtype), step, **condition).sample.float()
         if guided:
             without, towards = prediction.chunk(2)
             prediction = without + guidance * (towards - without)
+        finite &= prediction.isfinite().flatten(1).all(1)  # a scheduler that clips would hide inf
         (latents,) = scheduler.step(prediction, int(step), latents, return_dict=False)[:1]
-    return latents
+    return latents.where(finite[:, None, None, None], torch.nan)
+
+
+def check_finite(
+    what: str, images: Tensor, conditions: Sequence[str], first: int, base: Base, guidance: float
+) -> None:
+    """FloatingPointError that names an image with NaN or inf, of which a picture would show black or white.
+
+    first: the number of `images[0]` among all that are drawn
+    """
+    wrong = ~images.isfinite().flatten(1).all(1).cpu()
+    if not wrong.any():
+        return
+    dtype = base.unet.conv_in.weight.dtype
+    advice = f"the base model, the adapter, its scale or the guidance {guidance:g} makes values too large"
+    if dtype == torch.float16:
+        advice = f"float16 ends at 65504, which many models exceed: use bf16 or fp32; otherwise {advice}"
+    place = int(wrong.nonzero()[0])
+    raise FloatingPointError(
+        f"sample: image {first + place}, {conditions[place]!r}, has NaN or inf in it where it is {what}"
+        f" ({int(wrong.sum())} of {len(wrong)} images of its batch; base model in {str(dtype).removeprefix('torch.')}):"
+        f" {advice}"
+    )

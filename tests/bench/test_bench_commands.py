@@ -254,7 +254,9 @@ def test_report_and_markdown(two_runs, tmp_path):
 
 def test_absent_libraries_are_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jinja2" else object())
-    with pytest.raises(ImportError, match=r"needs jinja2; install with: pip install kronafuse\[bench\]"):
+    with pytest.raises(
+        ImportError, match=r'needs jinja2; install with: pip install "\.\[bench\]" in a clone'
+    ):
         require_libraries()
 
 

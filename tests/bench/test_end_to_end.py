@@ -163,7 +163,7 @@ def test_every_arm():
             continue
         library = arm.split("_")[0]
         if library in absent and importlib.util.find_spec(absent[library]) is None:
-            assert "install with: pip install kronafuse" in row.error
+            assert "install with: pip install " in row.error
             continue
         assert row.error is None, row
         assert (row.model, row.batch, row.form) == ("tiny 8x8", 2, form)
@@ -259,7 +259,7 @@ def test_a_failing_arm_is_a_row_and_stops_nothing():
         "first_step": "MemoryError: call 1",
         "while_timed": "MemoryError: call 3",
         "not_finite": "RuntimeError: not_finite: the loss is nan",
-        "no_library": "ImportError: no_library: needs no_such_library; install with: pip install kronafuse[extra]",
+        "no_library": "ImportError: no_library: needs no_such_library; install with: pip install extra",
         "no_operator": "RuntimeError: no_operator: no operator of kronafuse:: ran in a step: its library took"
         " another path",
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import io
 import json
 import shutil
 import signal
@@ -10,18 +12,25 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import kronafuse
 import pytest
 import torch
+import typer
 from accelerate.state import AcceleratorState, GradientState
 from kronafuse import cli, formats, native
 from kronafuse.cli import doctor_native
 from kronafuse.cli.app import app
+from kronafuse.cli.exits import reported
 from kronafuse.train.checkpoint import checkpoints
+from kronafuse.train.streams import replace_unprintable
 from PIL import Image
 from typer.testing import CliRunner, Result
+
+PUBLISHED = Path(__file__).parents[1] / "study" / "published.csv"
+RECORDED = Path(__file__).parents[2] / "bench" / "results" / "cpu" / "native.json"
 
 
 @pytest.fixture(autouse=True)
@@ -92,9 +101,9 @@ def test_without_typer_names_the_extra(
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2
-    assert (
-        "needs typer; install with: pip install kronafuse[train] or kronafuse[bench]"
-        in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        'kronafuse: the command line needs typer; install with: pip install ".[train]" or pip install ".[bench]" in a'
+        " clone of kronafuse's repository\n"
     )
 
 
@@ -107,7 +116,8 @@ def test_without_diffusers_names_the_extra(monkeypatch: pytest.MonkeyPatch, argu
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert result.stderr == (
-        "kronafuse: kronafuse.train: needs diffusers; install with: pip install kronafuse[train]\n"
+        'kronafuse: kronafuse.train: needs diffusers; install with: pip install ".[train]" in a clone of'
+        " kronafuse's repository\n"
     )
 
 
@@ -120,6 +130,112 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.__version__.split("+")[0] in result.stdout
     for name in (native.CPU, native.CUDA, "kronafuse._C"):
         assert name in result.stdout
+    assert result.stdout.split()[0] == "Implementations"
+
+
+def test_doctor_shows_the_kernels_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(
+        arch="90", kernel="gemm<64>(x)", registers=101, stack_bytes=0, spill_store_bytes=0, spill_load_bytes=0,
+        shared_bytes=4096,
+    )  # fmt: skip
+    module = SimpleNamespace(usages=lambda: [usage], configurations=dict, versions=dict)
+    monkeypatch.setattr(doctor_native, "introspection", lambda: (module, ""))
+    tables = ("CUDA kernels: registers", "CUDA configurations")
+    shown = {options: invoke("doctor", *options).stdout for options in ((), ("--kernels",))}
+    assert [title in shown[()] for title in tables] == [False, False]
+    assert [title in shown["--kernels",] for title in tables] == [True, True]
+    monkeypatch.setattr(doctor_native, "introspection", lambda: (None, "not built for this Python"))
+    shown_without = invoke("doctor", "--kernels").stdout
+    assert "No tables of kernels: kronafuse._C: not built for this Python." in shown_without
+    assert "CUDA configurations" not in shown_without
+
+
+def test_version() -> None:
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        f"kronafuse {kronafuse.__version__}",
+        f"torch {importlib.metadata.version('torch')}",
+        f"triton {importlib.metadata.version('triton')}",
+    ]
+
+
+def test_no_message_installs_another_package_of_our_name() -> None:
+    """The index does not have it, or has somebody else's: whatever tells people to install it is wrong."""
+    package = Path(kronafuse.__file__).parent
+    told = [path for path in package.rglob("*.py") if "pip install kronafuse" in path.read_text("utf-8")]
+    assert told == []
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["doctor"],
+        ["train", "--help"],
+        ["anova", PUBLISHED, "--response", "clip_similarity", "--out"],
+        [
+            "sweep",
+            "--source",
+            "ff_in,block_out",
+            "--sink",
+            "attn1_in,block_out",
+            "--retries",
+            "-1",
+            "--output",
+        ],
+        ["bench", "markdown", RECORDED],
+        ["bench", "report", RECORDED, "--out"],
+    ],
+    ids=lambda each: " ".join(map(str, each[:2])),
+)
+def test_terminals_that_lack_characters(
+    arguments: list[Any], encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if arguments[-1] in ("--out", "--output"):
+        arguments = [*arguments, tmp_path / "Möbius→"]
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding, "strict", write_through=True) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    monkeypatch.setattr(sys, "argv", ["kronafuse", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    printed, told = (stream.buffer.getvalue().decode(encoding) for stream in streams)  # type: ignore[attr-defined]
+    if arguments[0] == "sweep":
+        assert caught.value.code == 2
+        assert "sweep: retries must be at least 0; got -1" in told
+        assert "M?bius?" in printed if encoding == "ascii" else "Möbius?" in printed
+    else:
+        assert not caught.value.code, told
+        assert len(printed.splitlines()) > 1 or arguments[1] == "report"
+
+
+def test_a_choice_of_what_to_do_with_such_characters_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {}
+    for errors in ("strict", "xmlcharrefreplace"):
+        stream = io.TextIOWrapper(io.BytesIO(), "ascii", errors)
+        monkeypatch.setattr(sys, "stdout", stream)
+        replace_unprintable()
+        chosen[errors] = stream.errors
+    assert chosen == {"strict": "replace", "xmlcharrefreplace": "xmlcharrefreplace"}
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_line() -> None:
+    pressed = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in a job in the background
+        "class Press:\n"
+        "    def find_spec(self, name, *others):\n"
+        "        if name == 'torch':\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "            print('went on')\n"
+        "sys.meta_path.insert(0, Press())\n"
+        "sys.argv = ['kronafuse', 'doctor']\n"
+        "from kronafuse.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", pressed], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "kronafuse: interrupted\n")
 
 
 def test_doctor_without_native_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +302,7 @@ def test_demo_again_takes_the_cached_base_and_says_that_peft_is_missing(
     before = weights.stat().st_mtime_ns
     result = invoke("demo", "--smoke", "--output", demo_folder)
     assert result.exit_code == 0, result.output
-    assert "Not timed: PEFT LoKr. PEFT is not installed: pip install kronafuse[peft]" in result.stdout
+    assert "Not timed: PEFT LoKr. PEFT is not installed: pip install peft" in result.stdout
     assert weights.stat().st_mtime_ns == before
     assert json.loads((demo_folder / "figures.json").read_text())["base_was_cached"] is True
 
@@ -255,23 +371,48 @@ def test_train_and_sample(base: Path, digits_folder: Path, tmp_path: Path) -> No
     ]
 
 
-def test_ctrl_c_exits_with_130(
-    base: Path, digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_a_checkpoint_and_are_the_exit_code(
+    base: Path,
+    digits_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
 ) -> None:
     from kronafuse.train import loop
 
     loss = loop.noise_prediction_loss
 
     def pressed(*arguments: Any) -> torch.Tensor:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         return loss(*arguments)
 
     monkeypatch.setattr(loop, "noise_prediction_loss", pressed)
     output = tmp_path / "out"
     result = invoke("train", "--base", base, "--data", digits_folder, "--factors", "8x4", "--output", output)
-    assert result.exit_code == 130
+    assert result.exit_code == code
     assert result.stderr.splitlines()[-1] == "kronafuse: stopped after step 1; go on with --resume latest"
     assert list(checkpoints(output)) == [1]
+
+
+def test_sigterm_ends_any_command_as_ctrl_c_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """It raises where the command is, so that what is open is closed; a second one does not break that."""
+    before, closed = signal.getsignal(signal.SIGTERM), []
+
+    def command() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            closed.append(True)
+
+    with pytest.raises(typer.Exit) as caught:
+        reported(command)()
+    assert caught.value.exit_code == 143
+    assert closed == [True]
+    assert capsys.readouterr().err == "kronafuse: stopped by SIGTERM\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from kronafuse.cli.app import app
+from kronafuse.env import install_extra
 from typer.testing import CliRunner, Result
 
 SMOKE_SECONDS = 180
@@ -161,12 +162,30 @@ def test_without_a_library_names_the_extra(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == absent else find(name))
     result = invoke(*command)
     assert result.exit_code == 2
-    assert result.stderr == (
-        f"kronafuse: kronafuse.{part}: needs {absent}; install with: pip install kronafuse[{extra}]\n"
-    )
+    assert result.stderr == (f"kronafuse: kronafuse.{part}: needs {absent}; {install_extra(extra)}\n")
 
 
 def test_help_keeps_what_looks_like_markup() -> None:
     assert "the tables settings and adapters" in " ".join(
         invoke("sweep", "--help").stdout.replace("│", " ").split()
     )
+
+
+def test_anova_of_a_column_whose_name_is_no_file_name(tmp_path: Path) -> None:
+    table = pd.read_csv(PUBLISHED).rename(columns={"clip_similarity": "eval/[/clip]"})
+    table["optim/lr"] = ["1/2", "[red]", "3|4", "None"] * 5
+    table.to_csv(tmp_path / "results.csv", index=False)
+    result = invoke(
+        "anova",
+        tmp_path / "results.csv",
+        "--response",
+        "eval/[/clip]",
+        "--factors",
+        "optim/lr, source",
+        "--allow-missing",
+    )
+    assert result.exit_code == 0, result.output
+    assert "eval/[/clip]: One factor at a time" in " ".join(result.stdout.split())
+    (folder,) = tmp_path.glob("anova-eval*")
+    assert f"Written: {folder / 'anova.md'}" in result.stdout
+    assert len(list(folder.glob("factor-*.png"))) == 2

@@ -585,3 +585,61 @@ def test_a_sweep_of_which_nothing_has_finished(tmp_path: Path) -> None:
         ValueError, match=r"none of the 40 runs has finished \(40 pending\); the same kronafuse sweep"
     ):
         analyse(saved(table, tmp_path), tmp_path / "out", response="score")
+
+
+def test_words_for_nothing_are_levels_of_a_factor_and_empty_cells_of_a_response(tmp_path: Path) -> None:
+    table = crossed().astype({"score": object})
+    renamed = table["activation"].map({"relu": "None", "silu": "NA", "identity": "nan"})
+    table.loc[3, "score"], table.loc[5, "score"] = "NA", None
+    path = saved(table.assign(activation=renamed), tmp_path)
+    design = analyse(path, tmp_path, response="score", allow_missing=True).design
+    assert design.factors["activation"] == ["None", "NA", "nan"]
+    assert len(design.data) == len(table) - 2
+
+
+def test_a_percent_sign_names_the_cell(tmp_path: Path) -> None:
+    table = crossed()
+    table["score"] = [f"{value:.1%}" for value in table["score"]]
+    message = r"response score must be a number in every row; got '.*%' in row 0 relu .*; and 31 more$"
+    with pytest.raises(ValueError, match=message):
+        analyse(saved(table, tmp_path), tmp_path, response="score")
+
+
+def test_a_boolean_column_is_filtered_by_its_words(tmp_path: Path) -> None:
+    table = crossed().assign(flip=[bool(row % 2) for row in range(36)])
+    holes = table.astype({"flip": object})
+    holes.loc[0, "flip"] = None
+    for name, each in (("whole.csv", table), ("whole.parquet", table), ("holes.csv", holes)):
+        read = read_results(saved(each, tmp_path, name))
+        for word in ("True", "true", "TRUE"):
+            assert len(filtered(read, [parse_condition(f"flip={word}")])) == 18
+    with pytest.raises(ValueError, match=r"filter flip=yes: column flip has no yes; it has"):
+        filtered(read, [parse_condition("flip=yes")])
+
+
+def test_a_byte_order_mark_and_blanks_behind_commas_change_nothing(tmp_path: Path) -> None:
+    table = crossed()[["activation", "scale", "seed", "score"]]
+    text = table.to_csv(index=False)
+    path = tmp_path / "results.csv"
+    path.write_text(text.replace(",", ", "), encoding="utf-8-sig")
+    pd.testing.assert_frame_equal(read_results(path), read_results(saved(table, tmp_path, "plain.csv")))
+
+
+def test_names_that_are_no_file_names_are_analysed_too(tmp_path: Path) -> None:
+    """Columns and levels with slashes, markup, formulas, bars: each has a plot of its own, linked in the report."""
+    names = {"optim/lr": "optim_lr~", "LR": "LR~", "lr": "lr~", "[/b]": "__b_~", "a|b": "a_b~"}
+    levels = ["a/b", "$x^$", "[red]"]
+    table = crossed().rename(columns={"scale": "depth"}).assign(seed=range(36))
+    random = np.random.default_rng(2)
+    for name in names:
+        table[name] = random.choice(levels, len(table))
+    path = saved(table, tmp_path)
+    analysis = analyse(path, tmp_path / "out", response="score", factors=list(names), allow_missing=True)
+    files = [analysis.plots[f"score by {name}"] for name in names]
+    for begin, file in zip(names.values(), files, strict=True):
+        assert file.startswith(f"factor-{begin}")
+        assert (tmp_path / "out" / file).is_file()
+    assert len({file.casefold() for file in files}) == len(names)
+    report = (tmp_path / "out" / "anova.md").read_text(encoding="utf-8")
+    assert "](factor-optim_lr~" in report
+    assert r"| a\|b | " in report

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from kronafuse.train.files import prepare_output, replace_folder, write_json
+from kronafuse.train.files import file_name, prepare_output, replace_folder, write_json
 
 FAILURES = [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
 
@@ -90,3 +91,18 @@ def test_json_that_cannot_be_written_leaves_the_old(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert path.read_text() == '{\n  "a": 1\n}\n'
+
+
+def test_names_of_users_become_names_of_files_that_differ() -> None:
+    plain = ["lr", "clip_similarity", "a-b.c", "FID", "0", "com10"]
+    assert [file_name(name) for name in plain] == plain
+    odd = {
+        "optim/lr": "optim_lr~", "optim\\lr": "optim_lr~", "optim:lr": "optim_lr~", "..": "__~", ".a": "_a~",
+        "a.": "a_~", "": "~", "con": "_con~", "COM1.x": "_COM1.x~", "x~y": "x_y~", "größe": "größe~",
+        "a b": "a_b~", "\udcff\0\n": "___~", "x" * 300: "x" * 100 + "~", "é" * 300: "é" * 50 + "~",
+    }  # fmt: skip
+    for name, begin in odd.items():
+        assert re.fullmatch(re.escape(begin) + "[0-9a-f]{10}", file_name(name))
+        assert file_name(name) == file_name(name)
+    assert len({file_name(name).casefold() for name in (*plain, *odd)}) == len(plain) + len(odd)
+    assert len({file_name(name, ["Lr", "lr", "LR"]).casefold() for name in ("Lr", "lr", "LR")}) == 3

@@ -19,7 +19,7 @@ BACKEND = "LYCORIS_KERNEL_BACKEND"
 
 def _reasons(spec: Spec) -> list[str]:
     found = importlib.util.find_spec("lycoris") is not None
-    absent = [] if found else ["LyCORIS is not installed; install with: pip install kronafuse[lycoris]"]
+    absent = [] if found else ["LyCORIS is not installed; install with: pip install lycoris-lora"]
     return [*absent, *lokr_reasons(spec)]
 
 

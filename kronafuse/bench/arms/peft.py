@@ -25,7 +25,7 @@ RANK = 16
 
 def _absent() -> list[str]:
     found = importlib.util.find_spec("peft") is not None
-    return [] if found else ["PEFT is not installed; install with: pip install kronafuse[peft]"]
+    return [] if found else ["PEFT is not installed; install with: pip install peft"]
 
 
 def lokr_reasons(spec: Spec) -> list[str]:

@@ -43,7 +43,7 @@ class StepArm:
     """One way to train.
 
     put:         puts the adapters on a model that is the arm's own
-    library:     the distribution that it needs beside ours, by import name and extra
+    library:     the distribution that it needs beside ours, by import name and distribution
     operator:    starts the name of an operator that must be seen to run, None for none
     kernels:     on a GPU, kernels of that operator's library must be seen too
     counted:     starts the names of operators whose calls a note counts, though none need run
@@ -61,10 +61,10 @@ class StepArm:
     environment: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def require(self) -> None:
-        """ImportError that names the library which is absent, and the extra that brings it."""
+        """ImportError that names the library which is absent, and the distribution that brings it."""
         if self.library is not None and importlib.util.find_spec(self.library[0]) is None:
-            name, extra = self.library
-            raise ImportError(f"{self.name}: needs {name}; install with: pip install kronafuse[{extra}]")
+            name, distribution = self.library
+            raise ImportError(f"{self.name}: needs {name}; install with: pip install {distribution}")
 
     @contextmanager
     def surroundings(self, device: torch.device) -> Iterator[None]:
@@ -164,7 +164,7 @@ def lycoris(*, bypass: bool) -> Callable[[nn.Module, StepModel], Adapted]:
     return put
 
 
-PEFT, LYCORIS = ("peft", "peft"), ("lycoris", "lycoris")
+PEFT, LYCORIS = ("peft", "peft"), ("lycoris", "lycoris-lora")
 BACKEND = "LYCORIS_KERNEL_BACKEND"
 
 ARMS = {

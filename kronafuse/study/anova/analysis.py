@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ...train.files import prepare_output
+from ...train.files import file_name, prepare_output
 from .design import Design, make_design
 from .linear import type_two
 from .one_way import OneWay, one_way
@@ -64,8 +64,9 @@ def one_way_tables(design: Design) -> tuple[list[OneWay], list[OneWay]]:
 def _plots(output: Path, design: Design) -> dict[str, str]:
     plots = {}
     for factor in design.factors:
-        plots[f"{design.response} by {factor}"] = f"factor-{factor}.png"
-        save_factor(output / f"factor-{factor}.png", design, factor)
+        name = f"{file_name(f'factor-{factor}', [f'factor-{each}' for each in design.factors])}.png"
+        plots[f"{design.response} by {factor}"] = name
+        save_factor(output / name, design, factor)
     places = [name for name in ("source", "sink") if name in design.data.columns]
     if len(places) == 2 and len(design.data.drop_duplicates(places)) > 1:
         plots[f"{design.response} by position"] = POSITIONS_PLOT

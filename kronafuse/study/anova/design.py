@@ -80,11 +80,11 @@ def make_design(
             f"anova: none of the {len(table)} runs has finished"
             f" ({', '.join(f'{count} {name}' for name, count in states.items())}); the same kronafuse sweep goes on"
         )
-    check_response(table, response)
+    numbers = check_response(table, response)
     chosen, left_out = _factors(table, factors)
     configurations = _configurations(table, chosen)
     _check_single(table, configurations)
-    values = table[response].to_numpy(float, na_value=np.nan)
+    values = numbers.to_numpy()
     there = np.isfinite(values) & ~waiting
     missing = [
         row_name(row) + (f" ({level(row[STATUS]) or 'no status'})" if late else "")

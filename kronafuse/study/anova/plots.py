@@ -39,8 +39,10 @@ def save_factor(path: Path, design: Design, factor: str) -> None:
         )  # fmt: skip
     symbols = {name: f"{name} ({each.symbol})" for name, each in POSITIONS.items()}
     slanted = {"rotation": 40, "ha": "right"} if len(levels) > MOST_LEVEL_LABELS else {}
-    axes.set_xticks(range(len(levels)), [symbols.get(each, each) for each in levels], **slanted)
-    axes.set(xlabel=factor, ylabel=design.response)
+    names = [symbols.get(each, each) for each in levels]
+    axes.set_xticks(range(len(levels)), names, parse_math=False, **slanted)
+    axes.set_xlabel(factor, parse_math=False)
+    axes.set_ylabel(design.response, parse_math=False)
     axes.legend(fontsize="small")
     _save(figure, path)
 
@@ -75,7 +77,8 @@ def save_positions(path: Path, design: Design) -> None:
     axes.tick_params(axis="x", rotation=35)
     for label in axes.get_xticklabels():
         label.set_horizontalalignment("right")
-    axes.set(xlabel="sink", ylabel="source", title=f"{design.response}: mean by position; × = legal, no runs")
+    axes.set(xlabel="sink", ylabel="source")
+    axes.set_title(f"{design.response}: mean by position; × = legal, no runs", parse_math=False)
     figure.colorbar(image, ax=axes)
     _save(figure, path)
 

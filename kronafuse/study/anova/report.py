@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ...formats.atomic import write_json, written_beside
 from .design import Design
@@ -106,7 +107,10 @@ def as_markdown(analysis: Analysis) -> str:
             for each in means(design, factor)
         ]
         parts.append(markdown_table([factor, "runs", "mean", f"{CONFIDENCE:.0%} interval"], rows))
-    parts += ["## Plots", *[f"![{title}]({name})" for title, name in analysis.plots.items()]]
+    parts += [
+        "## Plots",
+        *[f"![{_one_line(title)}]({quote(name)})" for title, name in analysis.plots.items()],
+    ]
     if POSITIONS_PLOT not in analysis.plots.values():
         parts.append(NO_POSITIONS)
     if design.missing:
@@ -223,7 +227,13 @@ def alias_notes(result: TypeTwo) -> list[str]:
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose numbers are right-aligned, but for the first column."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines())
 
 
 def p_text(p: float) -> str:

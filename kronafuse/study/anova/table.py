@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,12 @@ PAIR = "pair"
 """A column made of source and sink, for `--factors pair`."""
 
 STATUS = "status"
+NOTHING = frozenset({"", "na", "n/a", "#n/a", "<na>", "nan", "-nan", "null", "none"})
+"""Words, in lower case, that say in a column of numbers that there is none."""
+
+NAMED = 5
+"""So many cells are named in an error."""
+
 WHOLE_BELOW = 2**53
 """Whole floats below this are written without a point, as integers are."""
 
@@ -64,7 +70,7 @@ def read_results(path: Path) -> pd.DataFrame:
     """
     if not path.is_file():
         raise FileNotFoundError(f"anova: results file {path} does not exist")
-    readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
+    readers: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": read_csv, ".parquet": pd.read_parquet}
     if path.suffix not in readers:
         raise ValueError(f"anova: a results file ends in .csv or .parquet; got {path}")
     try:
@@ -86,6 +92,16 @@ def read_results(path: Path) -> pd.DataFrame:
     return table
 
 
+def read_csv(path: Path) -> pd.DataFrame:
+    """A CSV file, with or without a byte order mark and blanks behind commas; only cells without text are empty.
+
+    "None" and "NA" are text, since a level may be called so; `check_response` takes them for empty in a response.
+    """
+    return pd.read_csv(
+        path, encoding="utf-8-sig", keep_default_na=False, na_values=[""], skipinitialspace=True
+    )
+
+
 def _check_positions(path: Path, table: pd.DataFrame) -> None:
     for column, known in (("source", SOURCES), ("sink", SINKS)):
         if column in table.columns:
@@ -104,8 +120,10 @@ def _check_positions(path: Path, table: pd.DataFrame) -> None:
 
 
 def _quoted(table: pd.DataFrame, rows: pd.Series, column: str) -> str:
-    """Values of a column with the rows that have them."""
-    return "; ".join(f"{row[column]!r} in row {row_name(row)}" for _, row in table[rows].iterrows())
+    """The first values of a column with the rows that have them."""
+    found = [f"{row[column]!r} in row {row_name(row)}" for _, row in table[rows].head(NAMED).iterrows()]
+    more = int(rows.sum()) - len(found)
+    return "; ".join(found) + (f"; and {more} more" if more else "")
 
 
 def row_name(row: pd.Series) -> str:
@@ -131,27 +149,41 @@ def check_columns(table: pd.DataFrame, names: Sequence[str], what: str) -> None:
         )
 
 
-def check_response(table: pd.DataFrame, response: str) -> None:
-    """ValueError where the response is no numeric column, with those there are, and the rows that have text."""
-    numeric = [
-        name
+def check_response(table: pd.DataFrame, response: str) -> pd.Series:
+    """The response as numbers, NaN where a cell is empty or says so ("NA", "None" and the like).
+
+    ValueError where it is no numeric column, with those there are, and the cells that have other text.
+    """
+    excluded = (*FACTORS, SEED, PAIR, "id", STATUS)
+    numbers = {
+        str(name): _numbers(table[name])
         for name in table.columns
-        if pd.api.types.is_numeric_dtype(table[name])
-        and not pd.api.types.is_bool_dtype(table[name])
-        and name not in (*FACTORS, SEED)
-        and table[name].notna().any()
-    ]
-    if response not in numeric and response in table.columns and response not in (*FACTORS, SEED, PAIR):
-        numbers = pd.Series(pd.to_numeric(table[response], errors="coerce"), table.index)
-        text = table[response].notna() & numbers.isna()
-        if numbers.notna().any() and text.any():
-            raise ValueError(
-                f"anova: response {response} must be a number in every row; got {_quoted(table, text, response)}"
-            )
-    if response not in numeric:
+        if name not in excluded and not _is_boolean(table[name])
+    }
+    numeric = [name for name, (values, text) in numbers.items() if values.notna().any() and not text.any()]
+    values, text = numbers.get(response, (None, None))
+    if text is not None and text.any():
+        raise ValueError(
+            f"anova: response {response} must be a number in every row; got {_quoted(table, text, response)}"
+        )
+    if response not in numeric or values is None:
         raise ValueError(
             f"anova: response must be a numeric column, one of {', '.join(numeric) or 'none'}; got {response!r}"
         )
+    return values
+
+
+def _numbers(column: pd.Series) -> tuple[pd.Series, pd.Series]:
+    """The column as floats, NaN for what is no number, and which cells are neither numbers nor words for none."""
+    read = pd.Series(pd.to_numeric(column, errors="coerce"), column.index)
+    values = pd.Series(read.to_numpy(float, na_value=np.nan), column.index)
+    return values, values.isna() & ~column.map(level).map(str.strip).map(str.lower).isin(NOTHING)
+
+
+def _is_boolean(column: pd.Series) -> bool:
+    """Whether every value is true or false; a column with empty cells holds them as objects."""
+    present = column[column.map(level) != ""]
+    return len(present) > 0 and bool(present.map(lambda value: isinstance(value, (bool, np.bool_))).all())
 
 
 def level(value: Any) -> str:
@@ -180,8 +212,10 @@ def levels_of(column: pd.Series) -> list[str]:
 
 
 def as_written(condition: Condition, column: pd.Series) -> Condition:
-    """The condition with its numbers as `level` writes them: scale=1.0 is scale=1."""
-    if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+    """The condition with its values as `level` writes them: scale=1.0 is scale=1, flip=True is flip=true."""
+    if _is_boolean(column):
+        return replace(condition, values=tuple(value.lower() for value in condition.values))
+    if not pd.api.types.is_numeric_dtype(column):
         return condition
     return replace(condition, values=tuple(_number_level(value) for value in condition.values))
 

@@ -18,6 +18,7 @@ from ...nn.specs import LoRA
 from ..adapter import attach_file
 from ..base import Base
 from ..files import prepare_output, write_json
+from ..lock import held
 from ..loop import Trainer, new_accelerator
 from ..plots import save_loss_curves
 from ..sampling import sample
@@ -45,10 +46,16 @@ class Drawn:
 def run_demo(output: Path, recipe: Recipe) -> dict[str, Any]:
     """Runs the whole demo, writes its files to `output` and returns its figures.
 
-    Written: samples.png, loss.png, adapter.safetensors, figures.json and the cached base model's folder.
+    Written: samples.png, loss.png, adapter.safetensors, figures.json and the cached base model's folder. Raises
+    BlockingIOError where another process is at work in `output`.
     """
-    started = time.perf_counter()
     prepare_output(output)
+    with held(output, "demo"):
+        return _run(output, recipe)
+
+
+def _run(output: Path, recipe: Recipe) -> dict[str, Any]:
+    started = time.perf_counter()
     digits = read_digits(recipe.seed)
     folder, cached = prepare_base(output, recipe, digits)
     base, base_losses = read_base(folder)

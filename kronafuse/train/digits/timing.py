@@ -35,7 +35,7 @@ def time_steps(folder: Path, recipe: Recipe, digits: Digits) -> dict[str, Any]:
     }
     missing = None
     if importlib.util.find_spec("peft") is None:
-        missing = "PEFT is not installed: pip install kronafuse[peft]"
+        missing = "PEFT is not installed: pip install peft"
     else:
         arms[PEFT] = _peft_lokr
     trainers: dict[str, tuple[Trainer, Iterator[Batch]]] = {}
