@@ -18,8 +18,9 @@ def train(config: Path | None, **flags: Any) -> None:
     """Train an adapter on an image folder.
 
     CONFIG is a TOML file with the names of the flags as keys (batch_size for --batch-size); a flag counts
-    instead of its key. Also runs under `accelerate launch -m kronafuse train`. Ctrl-C finishes the step and
-    saves a checkpoint; --resume latest goes on from it, with the losses that an uninterrupted run would have.
+    instead of its key. Also runs under `accelerate launch -m kronafuse train`. Ctrl-C or SIGTERM
+    finishes the step and saves a checkpoint; --resume latest goes on from it, with the losses that an uninterrupted
+    run would have.
     """
     require_libraries()
     from ..train.run import train as run

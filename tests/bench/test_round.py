@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 from kronafuse.bench.round import parts as real
 from kronafuse.bench.round.process import run_command
 from kronafuse.bench.round.records import FILE
@@ -27,6 +28,7 @@ from kronafuse.bench.round.run import (
     run_round,
 )
 from kronafuse.bench.round.table import round_table
+from kronafuse.cli.exits import reported
 
 PYTHON = (sys.executable, "-c")
 PARENT = """
@@ -120,12 +122,26 @@ def test_a_command_that_ends_leaves_no_child(tmp_path):
     assert ends_within(int(pid.read_text()), 5.0)
 
 
-def test_a_part_may_write_its_summary_when_it_is_stopped(tmp_path):
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "ignored_here"])
+def test_a_part_may_write_its_summary_when_it_is_stopped(tmp_path, ignored):
+    """Also in a job in the background, or under nohup, whose processes inherit that SIGINT is ignored."""
+    handler = signal.SIG_IGN if ignored else signal.default_int_handler
+    before = signal.signal(signal.SIGINT, handler)
     words = (*PYTHON, "import time\ntry:\n time.sleep(60)\nexcept KeyboardInterrupt:\n print('summary')")
-    ended = run_command(words, tmp_path / "log", 1.0, grace_seconds=20.0)
+    try:
+        ended = run_command(words, tmp_path / "log", 1.0, grace_seconds=20.0)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.exit_status is None
     assert ended.seconds < 15.0
     assert (tmp_path / "log").read_text() == "summary\n"
+
+
+def test_what_a_command_prints_is_read_whatever_the_terminal_can_print(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    result = play([part("greek", words=lambda _folder: [(*PYTHON, "print('5 µs')")])], tmp_path / "round")
+    assert (result.parts[0].status, result.parts[0].reason) == ("done", "5 µs")
 
 
 def test_unspent_time_goes_to_later_parts(tmp_path):
@@ -164,7 +180,9 @@ def test_shares_of_a_part(tmp_path):
     assert result.parts[0].status == "stopped at its budget"
 
 
-def test_interrupt_keeps_what_is_there(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_the_part_and_keeps_what_is_there(tmp_path, number, code):
+    """As the command line runs it: no process of the part is left behind."""
     pid = tmp_path / "pid"
     folder = tmp_path / "round"
     slow = part("slow", words=lambda _folder: [(*PYTHON, PARENT, str(pid))])
@@ -172,13 +190,18 @@ def test_interrupt_keeps_what_is_there(tmp_path):
     def interrupt():
         while not (pid.exists() and pid.read_text()):
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job in the background
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        play([part("good", 0), slow, part("never", 0)], folder)
+    try:
+        with pytest.raises(typer.Exit) as caught:
+            reported(play)([part("good", 0), slow, part("never", 0)], folder)
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
+    assert caught.value.exit_code == code
     assert ends_within(int(pid.read_text()), 5.0)
     statuses = {each["part"]: each["status"] for each in json.loads((folder / FILE).read_text())["parts"]}
     assert statuses == {"good": "done", "slow": "interrupted"}

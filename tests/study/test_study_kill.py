@@ -102,7 +102,7 @@ def test_ctrl_c_stops_cleanly(tmp_path: Path) -> None:
         with command(*arguments(tmp_path)) as second:
             code, printed = finish(second)
         assert code == 2
-        assert f"another sweep is at work in {tmp_path}" in printed
+        assert f"another kronafuse sweep, process {process.pid} since " in printed
         process.send_signal(signal.SIGINT)
         code, printed = finish(process)
     assert code == 130, printed

@@ -22,13 +22,13 @@ from kronafuse.study.cluster import (
     slots,
     usable_cpus,
 )
-from kronafuse.study.folder import locked
 from kronafuse.study.grid import Grid, make_grid
 from kronafuse.study.job import Job, find_job
 from kronafuse.study.results import results_table, write_results
 from kronafuse.study.runs import Run, checked_metrics, execute, failure, record_path
 from kronafuse.study.sweep import Outcome, sweep
 from kronafuse.study.view import View, outcome
+from kronafuse.train.lock import held
 from rich.console import Console
 
 pytestmark = pytest.mark.usefixtures("session")
@@ -235,7 +235,10 @@ def test_a_record_of_another_default_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_sweeps_in_one_folder_are_refused(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(BlockingIOError, match=r"another sweep is at work in "):
+    with (
+        held(tmp_path, "sweep"),
+        pytest.raises(BlockingIOError, match=rf"another kronafuse sweep, process {os.getpid()} since "),
+    ):
         run_sweep(tmp_path)
     outcome, _ = run_sweep(tmp_path)
     assert len(outcome.ran) == 2

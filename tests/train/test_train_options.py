@@ -71,3 +71,9 @@ def test_rejects_files_that_are_no_toml(tmp_path: Path) -> None:
     path.write_text("steps = = 3")
     with pytest.raises(ValueError, match=r"train\.toml is not valid TOML"):
         read_toml(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
+    path = tmp_path / "train.toml"
+    path.write_text("steps = 3\n", encoding="utf-8-sig")
+    assert read_toml(path) == {"steps": 3}

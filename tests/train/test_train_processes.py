@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from kronafuse.train.checkpoint import checkpoints
+from kronafuse.train.lock import LOCK
 
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 
@@ -59,9 +60,15 @@ def test_two_processes_resume_exactly(class_base: Path, class_folder: Path, tmp_
 
 
 @pytest.mark.slow
-def test_signal_from_outside(class_base: Path, class_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_from_outside(
+    class_base: Path, class_folder: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """It reaches the whole group, as a terminal's or a scheduler's does: also the process that reads images."""
     output = tmp_path / "out"
-    command = arguments(class_base, class_folder, output, "--steps", 100_000, "--checkpoint-every", 5)
+    command = arguments(
+        class_base, class_folder, output, "--steps", 100_000, "--checkpoint-every", 5, "--workers", 1
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
         env=ENVIRONMENT,
@@ -74,11 +81,11 @@ def test_signal_from_outside(class_base: Path, class_folder: Path, tmp_path: Pat
         while not checkpoints(output):
             assert process.poll() is None, process.stderr.read()
             process.stderr.read(1)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, number)
         _, printed = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == code
     step = max(checkpoints(output))
     assert f"kronafuse: stopped after step {step}; go on with --resume latest" in printed
-    assert all(not each.name.startswith(".") for each in output.iterdir())
+    assert [each.name for each in output.iterdir() if each.name.startswith(".")] == [LOCK]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from kronafuse import formats
 from kronafuse.train import loop, run
 from kronafuse.train.checkpoint import checkpoints
 from kronafuse.train.config import TrainConfig
+from kronafuse.train.lock import LOCK
 from PIL import Image
 
 Configure = Callable[..., TrainConfig]
@@ -177,7 +179,7 @@ def test_factors_that_are_no_numbers_are_not_saved(
     monkeypatch.setattr(loop.Trainer, "take_step", spoil)
     with pytest.raises(FloatingPointError, match="the parameters are not finite after step 4"):
         run.train(configure())
-    assert [each.name for each in configure().output.iterdir()] == ["checkpoint-000002"]
+    assert sorted(each.name for each in configure().output.iterdir()) == [LOCK, "checkpoint-000002"]
 
 
 def test_rejects_output_before_reading_the_model(configure: Configure, tmp_path: Path) -> None:
@@ -213,3 +215,37 @@ def test_reading_in_other_processes(configure: Configure, tmp_path: Path, losses
     run.train(alone)
     run.train(beside)
     assert losses_of(beside) == losses_of(alone)
+
+
+def test_rejects_fewer_steps_than_are_done(configure: Configure) -> None:
+    run.train(configure())
+    before = sorted(configure().output.rglob("*"))
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint .*checkpoint-000004 has 4 steps behind it, and steps = 3 are fewer; to go on",
+    ):
+        run.train(configure(resume="latest", steps=3))
+    assert sorted(configure().output.rglob("*")) == before
+    run.train(configure(resume="latest", steps=4))
+
+
+def test_validation_images_that_cannot_be_drawn_do_not_end_a_training(
+    configure: Configure,
+    losses_of: Losses,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuses(*_: Any, **__: Any) -> torch.Tensor:
+        raise FloatingPointError("image 0 has NaN in it")
+
+    monkeypatch.setattr(run, "sample", refuses)
+    config = configure(validate_every=2)
+    run.train(config)
+    assert len(losses_of(config)) == 4
+    assert "no validation images after step 2: image 0 has NaN in it" in capsys.readouterr().err
+
+
+def test_a_training_in_another_thread_takes_no_signals(configure: Configure, losses_of: Losses) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(run.train, configure()).result()
+    assert len(losses_of(configure())) == 4

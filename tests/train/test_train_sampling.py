@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from kronafuse import KronA, attach, formats
 from kronafuse.train.base import load_base, sampling_scheduler
 from kronafuse.train.draw import draw_images
-from kronafuse.train.sampling import sample
+from kronafuse.train.sampling import check_finite, sample
 from PIL import Image
 
 OPTIONS: dict[str, Any] = {"steps": 2, "guidance": 2.0, "seed": 0, "batch_size": 4}
@@ -154,9 +154,79 @@ def test_adapter_file_changes_the_images(class_base: Path, adapter: Path, tmp_pa
 
 
 def test_one_grid(class_base: Path, adapter: Path, tmp_path: Path) -> None:
-    (path,) = draw_images(class_base, adapter, ["cat", "dog"], tmp_path / "grid.png", count=3, **OPTIONS)
-    with Image.open(path) as image:
-        assert image.size == (3 * 65 + 1, 2 * 65 + 1)
+    """In the format that the suffix names, under the name that was given."""
+    for name, format in (("a.png", "PNG"), ("a.JPG", "JPEG"), ("a.jpeg", "JPEG"), ("a.webp", "WEBP")):
+        given = tmp_path / name
+        drawn = draw_images(class_base, adapter, ["cat", "dog"], given, count=3, **OPTIONS)
+        assert drawn == [given]
+        with Image.open(given) as image:
+            assert image.format == format
+            assert image.size == (3 * 65 + 1, 2 * 65 + 1)
+
+
+def test_a_suffix_is_a_format_or_part_of_a_folders_name(class_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "there.final").mkdir()
+    (tmp_path / "there.png").mkdir()
+    for name in ("sd1.5", "there.final", "there.png"):
+        (path,) = draw_images(class_base, None, ["cat"], tmp_path / name, count=1, **OPTIONS)
+        assert path == tmp_path / name / "0-0.png"
+    with pytest.raises(
+        ValueError, match=r"output must be a folder or end in \.png, \.jpg, \.jpeg, \.webp; got .*x\.bmp"
+    ):
+        draw_images(tmp_path / "absent", None, ["cat"], tmp_path / "x.bmp", count=1, **OPTIONS)
+    assert not (tmp_path / "x.bmp").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "guidance", "clips"),
+    [("nan", 2.0, True), ("inf", 2.0, True), ("inf", 1.0, True), ("inf", 1.0, False)],
+)
+def test_rejects_images_that_are_not_finite(
+    class_base: Path, monkeypatch: pytest.MonkeyPatch, value: str, guidance: float, clips: bool
+) -> None:
+    """Also where a scheduler that clips makes a black or white picture of inf."""
+    base = load_base(class_base)
+    base.scheduler.register_to_config(clip_sample=clips)
+    predict = base.unet.forward
+
+    def overflows(inputs: torch.Tensor, *others: Any, **options: Any) -> Any:
+        output = predict(inputs, *others, **options)
+        output.sample[-1] = float(value)  # of the last image, under its condition
+        return output
+
+    monkeypatch.setattr(base.unet, "forward", overflows)
+    message = (
+        r"sample: image 2, 'dog', has NaN or inf in it where it is denoised \(1 of 3 images .*in float32\)"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        sample(base, ["cat", "cat", "dog"], **{**OPTIONS, "guidance": guidance})
+    base.unet.half()
+    with pytest.raises(FloatingPointError, match=r"float16 ends at 65504, .*: use bf16 or fp32"):
+        check_finite("denoised", torch.full((1, 1, 2, 2), float(value)), ["cat"], 0, base, 1.0)
+
+
+def test_rejects_images_that_the_vae_overflows(text_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base(text_base)
+    assert base.vae is not None
+    decode = base.vae.decode
+
+    def overflows(latents: torch.Tensor) -> Any:
+        output = decode(latents)
+        output.sample[..., 0] = float("inf")
+        return output
+
+    monkeypatch.setattr(base.vae, "decode", overflows)
+    with pytest.raises(FloatingPointError, match="where it is decoded by the VAE"):
+        sample(base, ["a cat"], **OPTIONS)
+
+
+def test_a_single_file_is_no_base_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(
+        NotADirectoryError,
+        match=r"base model .*model\.safetensors is a file, and a folder .*from_single_file\(\".*\"\)\.save_pretrained",
+    ):
+        load_base(tmp_path / "model.safetensors")
 
 
 def test_rejects_adapter_of_another_model(

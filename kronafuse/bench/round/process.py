@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,18 +35,19 @@ def run_command(
 ) -> Ended:
     """Run a command for at most `limit_seconds`, appending what it prints to `log`.
 
-    At the limit the whole group is interrupted, and killed `grace_seconds` later. Nothing of the group is left
-    behind in any case, Ctrl-C included.
+    At the limit the whole group is interrupted, and killed `grace_seconds` later; SIGINT interrupts the command
+    although this process may have been started to ignore it. Nothing of the group is left behind in any case, an
+    exception that a signal raises here included. What Python prints there is UTF-8.
     """
     started = time.monotonic()
-    with open(log, "ab") as output:
+    with open(log, "ab") as output, _interruptible_children():
         process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **(environment or {})},
         )
         try:
             status = process.wait(max(0.0, limit_seconds))
@@ -57,6 +59,23 @@ def run_command(
             _signal(process.pid, signal.SIGKILL)
             process.wait()
     return Ended(status, time.monotonic() - started)
+
+
+@contextmanager
+def _interruptible_children() -> Iterator[None]:
+    """Processes that the block starts end on SIGINT, also where this one ignores it, as under nohup.
+
+    A process inherits that a signal is ignored, but no handler, so that one that does nothing stands in for it.
+    """
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if not ignored or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda _number, _frame: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _signal(group: int, number: int) -> None:

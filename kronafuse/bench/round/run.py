@@ -89,7 +89,8 @@ def run_round(
 
     folder: new or empty; `round.json` in it is rewritten after every part
 
-    Ctrl-C ends the part that runs, and what is there is kept and archived before KeyboardInterrupt goes on.
+    Ctrl-C ends the part that runs, and what is there is kept and archived before KeyboardInterrupt goes on; so does
+    SIGTERM under the command line, which raises one.
     """
     _prepare(folder)
     started = time.monotonic()

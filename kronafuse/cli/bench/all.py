@@ -26,7 +26,8 @@ def all_parts(
     """Tests, 12 core cases with all baselines, tuning and sanitizer in one command of at most 9 minutes.
 
     Each part is a process with a budget of its own, and writes as it goes; at its budget it is stopped and what
-    it wrote is kept. A part that cannot run on this machine says why. Ctrl-C keeps what is there.
+    it wrote is kept. A part that cannot run on this machine says why. Ctrl-C and SIGTERM end the part that runs and
+    keep what is there.
     """
     from ...bench import require_libraries
 
