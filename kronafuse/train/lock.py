@@ -8,7 +8,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ def held(folder: Path, what: str) -> Iterator[None]:
 
     what: the command, as "train"; it begins the message
 
+    No file stays behind. Whoever has opened the removed lock file in that moment sees that it has no name any more
+    (filelock >= 3.25), and starts over.
+
     Raises BlockingIOError that names the process which holds the folder. Where the file system knows no locks, a
     warning says so and the block runs without one.
     """
@@ -50,6 +53,8 @@ def held(folder: Path, what: str) -> Iterator[None]:
         yield
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
+        with suppress(PermissionError):  # Windows, where filelock does it
+            (folder / LOCK).unlink(missing_ok=True)
         lock.release()
 
 

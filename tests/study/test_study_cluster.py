@@ -9,9 +9,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+from kronafuse.study import cluster
+from kronafuse.study.cluster import Resources
+from kronafuse.train.interrupt import termination_raises
 from processes import HERE, alive, command, descendants, finish, wait_for
 
 
@@ -53,3 +57,26 @@ def test_a_cluster_at_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_commands_own_handler_of_sigterm_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray puts one that ends the process without closing what the sweep has open."""
+    import ray
+
+    def init(**_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(cluster, "slots", lambda _: 1)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with termination_raises():
+            ours = signal.getsignal(signal.SIGTERM)
+            with cluster.connected(Resources(), tmp_path):
+                assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from kronafuse.study.runs import read_records
 from processes import alive, command, descendants, finish, name_of, wait_for
 
@@ -95,7 +96,8 @@ def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path) -> None:
     wait_for(lambda: not alive(everything), "the end of Ray's processes")
 
 
-def test_ctrl_c_stops_cleanly(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_cleanly(tmp_path: Path, number: signal.Signals, expected: int) -> None:
     with command(*arguments(tmp_path)) as process:
         worker_of(tmp_path, 2)
         everything = descendants(process.pid)
@@ -103,9 +105,9 @@ def test_ctrl_c_stops_cleanly(tmp_path: Path) -> None:
             code, printed = finish(second)
         assert code == 2
         assert f"another kronafuse sweep, process {process.pid} since " in printed
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         code, printed = finish(process)
-    assert code == 130, printed
+    assert code == expected, printed
     assert "stopped with 1 more runs done; the same command goes on" in printed
     assert set(read_records(tmp_path)) == set(finished(tmp_path).values())
     table = pd.read_csv(tmp_path / "results.csv")

@@ -432,3 +432,15 @@ def test_the_session_of_the_process_stays(tmp_path: Path) -> None:
     run_sweep(tmp_path)
     assert ray.is_initialized()
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_a_job_may_print_what_its_terminal_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def printing(config: Any, folder: Path) -> dict[str, float]:
+        print("η² of 5 µs")
+        return {"score": 1.0}
+
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert execute(
+        Job("printing", printing), Run("lora-1", {"family": "lora", "seed": 0}, {}), tmp_path, 1
+    ) == ("finished")

@@ -190,7 +190,7 @@ def test_rejects_images_that_are_not_finite(
     predict = base.unet.forward
 
     def overflows(inputs: torch.Tensor, *others: Any, **options: Any) -> Any:
-        output = predict(inputs, *others, **options)
+        output: Any = predict(inputs, *others, **options)
         output.sample[-1] = float(value)  # of the last image, under its condition
         return output
 
@@ -210,8 +210,8 @@ def test_rejects_images_that_the_vae_overflows(text_base: Path, monkeypatch: pyt
     assert base.vae is not None
     decode = base.vae.decode
 
-    def overflows(latents: torch.Tensor) -> Any:
-        output = decode(latents)
+    def overflows(latents: Any) -> Any:
+        output: Any = decode(latents)
         output.sample[..., 0] = float("inf")
         return output
 

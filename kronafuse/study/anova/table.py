@@ -182,8 +182,8 @@ def _numbers(column: pd.Series) -> tuple[pd.Series, pd.Series]:
 
 def _is_boolean(column: pd.Series) -> bool:
     """Whether every value is true or false; a column with empty cells holds them as objects."""
-    present = column[column.map(level) != ""]
-    return len(present) > 0 and bool(present.map(lambda value: isinstance(value, (bool, np.bool_))).all())
+    present = [value for value in column if level(value)]
+    return bool(present) and all(isinstance(value, (bool, np.bool_)) for value in present)
 
 
 def level(value: Any) -> str:
