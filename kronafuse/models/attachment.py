@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -168,6 +169,15 @@ class Attachment(ABC):
         dtypes = {tensor.dtype for tensor in tensors.values()}
         return self.spec.stored_as(dtypes.pop()) if len(dtypes) == 1 else self.spec
 
+    def _recast(self) -> Counter[tuple[str, str]]:
+        """How many trained tensors are in another dtype than the spec's, by (found, asked)."""
+        return Counter(
+            (_name(tensor.dtype), _name(trained.layout.dtype))
+            for trained in self._trained.values()
+            for tensor in trained.parameters()
+            if tensor.dtype != trained.layout.dtype
+        )
+
     def _stores(self, op: str) -> Stores:
         return Stores(op, self.model, self._trained.values())
 
@@ -196,3 +206,7 @@ class Attachment(ABC):
         if self._host is None:
             raise RuntimeError(f"{what}: the attachment has been removed from its model")
         return self._host
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -85,7 +85,14 @@ class BottleneckAttachment(Attachment):
             f"width {spec.width}" if spec.factors is None else f"factors {spec.factors[0]}x{spec.factors[1]}"
         )
         return BottleneckReport(
-            type(self.model).__name__, spec.source, spec.sink, size, blocks, dict(self._unmatched), model
+            type(self.model).__name__,
+            spec.source,
+            spec.sink,
+            size,
+            blocks,
+            dict(self._unmatched),
+            model,
+            self._recast(),
         )
 
     def _unmerged(self, what: str) -> None:

@@ -90,6 +90,7 @@ class LinearAttachment(Attachment):
             sharing,
             unshared,
             unadapted_projections(self.model, self._layers),
+            self._recast(),
         )
 
     def _factors(self, name: str) -> KronFactors:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from .sites import leaf
+
+Recast = Mapping[tuple[str, str], int]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Report:
     unshared:   adapted attention block -> why it is not: a processor of a class that we do not know, or a
                 forward that was replaced
     unadapted:  every linear layer of an attention block that has no adapter of this attachment
+    recast:     how many trained tensors are in another dtype than the spec's, by (found, asked)
     """
 
     model: str
@@ -43,6 +47,7 @@ class Report:
     sharing: tuple[str, ...]
     unshared: dict[str, str]
     unadapted: tuple[str, ...] = ()
+    recast: Recast = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -76,6 +81,7 @@ class Report:
             lines.append(
                 f"  attention projections without an adapter, by the targets that name them: {named}"
             )
+        lines += _recast_lines(self.recast)
         return "\n".join(lines)
 
 
@@ -96,6 +102,7 @@ class BottleneckReport:
     size:             the width, or the factors
     unmatched:        block -> why it has none
     model_parameters: numbers of the model without this adapter
+    recast:           how many trained tensors are in another dtype than the spec's, by (found, asked)
     """
 
     model: str
@@ -105,6 +112,7 @@ class BottleneckReport:
     layers: tuple[BlockReport, ...]
     unmatched: dict[str, list[str]]
     model_parameters: int
+    recast: Recast = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -121,4 +129,12 @@ class BottleneckReport:
             f"  {each.name:<{width}}  {each.layout}, {each.parameters:,} parameters" for each in self.layers
         ]
         lines += [f"  without an adapter: {name}, {', '.join(why)}" for name, why in self.unmatched.items()]
+        lines += _recast_lines(self.recast)
         return "\n".join(lines)
+
+
+def _recast_lines(recast: Recast) -> list[str]:
+    return [
+        f"  {count} trained tensors are {found}, not the spec's {asked}: the model was cast after attach"
+        for (found, asked), count in recast.items()
+    ]

@@ -72,8 +72,8 @@ def test_weights_that_a_parent_places_are_found():
     with torch.no_grad():
         adapted = model(x)
     attachment.remove()
-    torch.testing.assert_close(adapted, nn.functional.linear(x, hook.weights_map["0.base_layer.weight"],
-                                                            hook.weights_map["0.base_layer.bias"]))  # fmt: skip
+    torch.testing.assert_close(adapted, nn.functional.linear(x, hook.weights_map["0.base.weight"],
+                                                            hook.weights_map["0.base.bias"]))  # fmt: skip
 
 
 def test_what_cannot_be_read_or_written_is_refused_before_anything_changes(tmp_path):
