@@ -653,6 +653,44 @@ def test_gradient_checkpointing():
         assert torch.allclose(each.grad, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", ["sd15", "clip"])
+def test_a_reference_pass_between_a_forward_and_its_backward(name, checkpointed):
+    """Preference training: the model without the adapters, in the same loss; another adapter is set meanwhile."""
+    model, inputs = build(name)
+    attachments = [attach(model, KRONA), attach(model, LoRA(2))]
+    for seed, each in enumerate(attachments):
+        randomize(each, seed)
+
+    def gradients(reference: torch.Tensor | None) -> list[torch.Tensor]:
+        model.zero_grad()
+        y = output(model, inputs)
+        if reference is None:
+            for each in attachments:
+                each.scale = 0.0
+            with torch.no_grad():
+                reference = output(model, inputs)
+            attachments[0].scale = 1.0
+            attachments[1].scale = -0.5
+        (y - reference).square().mean().backward()
+        for each in attachments:
+            each.scale = 1.0
+        return [each.grad.clone() for attachment in attachments for each in attachment.parameters()]
+
+    with torch.no_grad():
+        for each in attachments:
+            each.scale = 0.0
+        reference = output(model, inputs)
+        for each in attachments:
+            each.scale = 1.0
+    expected = gradients(reference)
+    if checkpointed:
+        start = "activation_checkpointing_enable" if name == "clip" else "enable_gradient_checkpointing"
+        getattr(model.train(), start)()
+    for each, other in zip(gradients(None), expected, strict=True):
+        torch.testing.assert_close(each, other, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["sd15", "clip", "flux"])
 def test_fp32_factors_on_a_bf16_model(name):
     """The usual way to train; diffusers and transformers still call the model bf16."""
