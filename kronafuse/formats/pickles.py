@@ -110,6 +110,6 @@ def _check_calls(pickle: io.BytesIO) -> None:
     """Raise UnpicklingError if a pickle asks for anything but tensors: torch lets more be made, of any size."""
     for operation, argument, _ in pickletools.genops(pickle):
         if operation.name in OTHER_CALLS or (
-            operation.name == "GLOBAL" and not MAKES_TENSORS.fullmatch(argument)
+            operation.name == "GLOBAL" and not MAKES_TENSORS.fullmatch(str(argument))
         ):
             raise UnpicklingError(f"{operation.name} {argument}")

@@ -6,12 +6,16 @@ import os
 import subprocess
 import sys
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
 import torch
 from csrc.rules.paths import ROOT
 from kronafuse import native
+
+sys.path.insert(0, str(ROOT / "tests" / "formats"))
+from base_install import lend
 
 CHOSEN = "not triton" if torch.cuda.is_available() else "not triton and not cuda"
 """Triton's kernels are no part of the wheel, and the emulation of CUDA is none either."""
@@ -61,6 +65,20 @@ def python(wheel, tmp_path_factory) -> Path:
     lent = [path for path in sys.path if path.endswith("site-packages")]
     (Path(site) / "lent.pth").write_text("\n".join(lent) + "\n")
     return python
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_is_enough(wheel, tmp_path):
+    """In an environment of the wheel and of what it requires, `pip check` is content and a base install works."""
+    run(sys.executable, "-m", "venv", tmp_path / "base")
+    python = tmp_path / "base" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel)
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    (metadata,) = site.glob("kronafuse-*.dist-info/METADATA")
+    lend(site, Parser().parsestr(metadata.read_text()).get_all("Requires-Dist"))
+    run(python, "-m", "pip", "check")
+    script = Path(lend.__code__.co_filename)
+    assert Path(run(python, "-I", script, cwd=tmp_path).splitlines()[-1]).parent == site / "kronafuse"
 
 
 @pytest.mark.slow
