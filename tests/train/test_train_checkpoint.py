@@ -7,16 +7,18 @@ import shutil
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kronafuse import formats
 from kronafuse.models.attach import Attachment
 from kronafuse.train import checkpoint as checkpoint_module
 from kronafuse.train import loop, run
 from kronafuse.train.base import load_base
-from kronafuse.train.checkpoint import PARTS, checkpoints, find_checkpoint
+from kronafuse.train.checkpoint import PARTS, checkpoints, find_checkpoint, sealed
 from kronafuse.train.config import TrainConfig
 from kronafuse.train.interrupt import Interrupted
 from safetensors.torch import load_file, save_file
@@ -186,6 +188,13 @@ def test_resume_rejects_other_steps_where_they_decide_the_learning_rate(configur
         ({"step": 3}, "trainer.json must have a loss for each of 3 steps; it has 4"),
         ({"losses": ["1", "2", "3", "4"]}, "trainer.json must have a loss for each of 4 steps"),
         ({"scaler": {"scale": 1.0}}, "trainer.json has the state of another loss scaler"),
+        ({"moments": [[1]]}, "unhashable type: 'list'"),
+        (
+            {"digests": {}},
+            "trainer.json must have the digests of adapter.safetensors and optimizer.safetensors",
+        ),
+        ('{"step": 1, "step": 1}', "the key 'step' is there twice"),
+        ("[" * 100_000, "its JSON is nested too deep"),
     ],
 )
 def test_resume_rejects_a_damaged_state(
@@ -194,9 +203,74 @@ def test_resume_rejects_a_damaged_state(
     path = configure().output / "checkpoint-000004" / "trainer.json"
     run.train(configure())
     whole = json.loads(path.read_text())
-    path.write_text(state if isinstance(state, str) else json.dumps(whole | state))
+    del whole["digest"]
+    path.write_text(state if isinstance(state, str) else json.dumps(sealed(whole | state)))
     with pytest.raises(ValueError, match=f"checkpoint-000004 is damaged: {message}"):
         run.train(configure(resume="latest", steps=6))
+
+
+def changed_tensor(path: Path) -> None:
+    """One number less in the last tensor; an adapter file also gets the digest of what it holds then."""
+    if path.name == "adapter.safetensors":
+        file = formats.load(path)
+        name = list(file.tensors)[-1]
+        formats.save(path, replace(file, tensors={**file.tensors, name: file.tensors[name] - 1}))
+        return
+    tensors = load_file(path)
+    name = sorted(tensors)[-1]
+    save_file({**tensors, name: tensors[name] - 1}, path)
+
+
+def changed_config(path: Path) -> None:
+    """A configuration that nobody trained with, and which the run that goes on does have."""
+    path.write_text(path.read_text().replace('"learning_rate": 0.01', '"learning_rate": 0.02'))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("trainer.json", changed_config),
+        (
+            "trainer.json",
+            lambda path: path.write_text(path.read_text().replace('"losses"', '"more": 1,\n"losses"')),
+        ),
+        ("optimizer.safetensors", changed_tensor),
+        ("adapter.safetensors", changed_tensor),
+    ],
+    ids=["configuration", "another key", "moments", "factors"],
+)
+def test_resume_rejects_what_is_not_as_it_was_written(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Path], None]
+) -> None:
+    """Files that are right in themselves, also an adapter that was trained on with another library."""
+    run.train(configure())
+    path = configure().output / "checkpoint-000004" / name
+    before = path.read_bytes()
+    change(path)
+    assert path.read_bytes() != before
+    monkeypatch.setattr(Attachment, "load_state_dict", lambda *_: pytest.fail("factors were changed"))
+    with pytest.raises(ValueError, match=f"checkpoint-000004 is damaged: {name} is not as it was written"):
+        run.train(
+            configure(resume="latest", steps=6, learning_rate=0.02 if change is changed_config else 0.01)
+        )
+
+
+def test_resume_of_a_checkpoint_without_digests_warns(
+    configure: Configure, tmp_path: Path, losses_of: Losses
+) -> None:
+    whole = configure(output=tmp_path / "whole")
+    run.train(whole)
+    part = configure()
+    run.train(configure(steps=2))
+    path = part.output / "checkpoint-000002" / "trainer.json"
+    state = json.loads(path.read_text())
+    del state["digest"], state["digests"]
+    path.write_text(json.dumps(state))
+    with pytest.warns(
+        UserWarning, match=r"checkpoint-000002 has no digests, so that damage to it may go unnoticed"
+    ):
+        run.train(configure(resume="latest"))
+    assert losses_of(part) == losses_of(whole)
 
 
 def spoiled_moments(moments: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
