@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ..checks import check_dtype, check_tensor
 from .atomic import written_beside
-from .digest import memory, whole
+from .digest import memory, swapped, whole
 from .reading import check_header, check_header_size, check_regular, parse_json
 
 LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header."""
 
 METADATA = "__metadata__"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FIELDS = {"dtype", "shape", "data_offsets"}
 """What the header says of each tensor."""
 
@@ -87,17 +88,38 @@ class TensorFile:
     path:     where it lies
     metadata: its texts by name
     shapes:   name -> sizes of every tensor
+    dtypes:   name -> dtype as safetensors writes it
+    starts:   name -> where its bytes begin in the file
     """
 
     op: str
     path: Path
     metadata: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+    starts: Mapping[str, int]
 
     def read(self) -> dict[str, Tensor]:
-        """Read every tensor into memory of its own, which later changes of the file do not reach."""
-        with _named(self.op, self.path), safe_open(self.path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in self.shapes}
+        """Read every tensor into memory of its own, which later changes of the file do not reach.
+
+        Raises ValueError for one that is not floating. safetensors' own reader maps the file instead: the numbers
+        change with it, the process ends if it is cut, and copies of them need the memory twice.
+        """
+        tensors = {}
+        with open(self.path, "rb") as file:
+            for name, shape in self.shapes.items():
+                dtype = DTYPES.get(self.dtypes[name])
+                if dtype is None:
+                    raise ValueError(
+                        f"{self.op}: {self.path}: {name} must be float32, float16, bfloat16 or float64; got"
+                        f" {self.dtypes[name]}"
+                    )
+                tensor = torch.empty(shape, dtype=dtype)
+                file.seek(self.starts[name])
+                if file.readinto(memory(tensor)) != tensor.nbytes:
+                    raise ValueError(f"{self.op}: {self.path} was cut while it was read, at {name}")
+                tensors[name] = tensor if sys.byteorder == "little" else swapped(tensor)
+        return tensors
 
 
 def open_tensors(op: str, path: str | os.PathLike[str]) -> TensorFile:
@@ -108,14 +130,24 @@ def open_tensors(op: str, path: str | os.PathLike[str]) -> TensorFile:
     """
     path = Path(path)
     check_regular(op, path)
-    with _named(op, path):
-        header = parse_json(_read_header(path))
-        shapes = _shapes(header)
+    try:
+        text = _read_header(path)
+        described = _described(parse_json(text))
         with safe_open(path, framework="pt") as file:  # checks that sizes, dtypes and places fit the file
             metadata = file.metadata() or {}
-            if set(file.keys()) != set(shapes):
+            if set(file.keys()) != set(described):
                 raise ValueError("its header is read in two ways")
-    return TensorFile(op, path, metadata, shapes)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{op}: {path} is not a whole safetensors file: {error}") from error
+    begin = LENGTH_BYTES + len(text)
+    return TensorFile(
+        op,
+        path,
+        metadata,
+        {name: tuple(each["shape"]) for name, each in described.items()},
+        {name: each["dtype"] for name, each in described.items()},
+        {name: begin + each["data_offsets"][0] for name, each in described.items()},
+    )
 
 
 def _read_header(path: Path) -> bytes:
@@ -131,27 +163,16 @@ def _read_header(path: Path) -> bytes:
     return text
 
 
-def _shapes(header: Any) -> dict[str, tuple[int, ...]]:
-    """Name -> sizes, of a header that says what safetensors does and nothing else."""
+def _described(header: Any) -> dict[str, dict[str, Any]]:
+    """Name -> what the header says of a tensor, if it says what safetensors does and nothing else."""
     if not isinstance(header, dict):
         raise ValueError(f"its header must be an object; it is {type(header).__name__}")
-    shapes = {}
-    for name, described in header.items():
-        if name == METADATA:
-            continue
-        if not isinstance(described, dict) or set(described) != FIELDS:
+    tensors = {name: each for name, each in header.items() if name != METADATA}
+    for name, each in tensors.items():
+        if not isinstance(each, dict) or set(each) != FIELDS:
             raise ValueError(f"its header must say {', '.join(sorted(FIELDS))} of {name!r} and nothing else")
-        shape = described["shape"]
-        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError(f"the shape of {name!r} must be a list of integers")
-        shapes[name] = tuple(shape)
-    return shapes
-
-
-@contextmanager
-def _named(op: str, path: Path) -> Iterator[None]:
-    """Errors of a block that reads a safetensors file become a ValueError that names it."""
-    try:
-        yield
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{op}: {path} is not a whole safetensors file: {error}") from error
+        for field in ("shape", "data_offsets"):
+            sizes = each[field]
+            if not isinstance(sizes, list) or not all(type(size) is int and size >= 0 for size in sizes):
+                raise ValueError(f"{field} of {name!r} must be a list of integers")
+    return tensors

@@ -49,9 +49,17 @@ def check_imports() -> None:
         assert getattr(kronafuse, name) is not None
     extras = ("bench", "cli", "study", "testing", "train", "trainers", "__main__")
     for module in pkgutil.walk_packages(kronafuse.__path__, "kronafuse."):
-        if module.name.split(".")[1] in extras or module.name in FOR_DIFFUSERS or module.name == "kronafuse._C":
+        if (
+            module.name.split(".")[1] in extras
+            or module.name in FOR_DIFFUSERS
+            or module.name == "kronafuse._C"
+        ):
             continue
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except RuntimeError as error:  # of a library that was not built
+            if "kernels cannot run here" not in str(error):
+                raise
 
 
 def check_adapters() -> None:
@@ -93,7 +101,9 @@ def check_adapters() -> None:
         other = made()
         with attach(other, file) as loaded:
             assert torch.equal(other(x), adapted)
-            assert all(torch.equal(each, loaded.state_dict()[name]) for name, each in attachment.state_dict().items())
+            assert all(
+                torch.equal(each, loaded.state_dict()[name]) for name, each in attachment.state_dict().items()
+            )
         attachment.merge()
         assert (model(x) - adapted).abs().max() < 1e-4
         attachment.unmerge()

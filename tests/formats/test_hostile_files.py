@@ -118,7 +118,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no UTF-8": (lambda path: safetensors(path, b"\xff\xfe{}"), "can't decode byte 0xff"),
     "a list for a header": (lambda path: safetensors(path, b"[]"), "its header must be an object; it is list"),
     "a shape of text": (lambda path: safetensors(path, b'{"a":{"dtype":"F32","shape":"1","data_offsets":[0,4]}}'),
-                        "the shape of 'a' must be a list of integers"),
+                        "shape of 'a' must be a list of integers"),
     "N of 19 digits": (
         lambda path: adapter(path, KronA((1, 1)), {"m": [1_000_000_000_000_000_003, 32]}),
         "modules['m'] must be [N, K], integers from 1 to 2147483647; got [1000000000000000003, 32]",

@@ -289,7 +289,7 @@ def rewritten(path: Path, change, seal: bool = True) -> None:
         (lambda header, _: header["spec"].update(targets="to_q"), "targets must be a tuple"),
         (
             lambda _, tensors: tensors.update({"blocks.0.to_q.lokr_a": torch.ones(8, 4, dtype=torch.int8)}),
-            r"a\.safetensors: blocks\.0\.to_q\.lokr_a must be float32, .* got int8",
+            r"a\.safetensors: blocks\.0\.to_q\.lokr_a must be float32, .* got I8",
         ),
         (
             lambda _, tensors: tensors["blocks.0.to_q.lokr_a"].fill_(math.inf),
