@@ -5,7 +5,8 @@ Tensors are named as in `Attachment.state_dict()`. The metadata has one entry, `
 safetensors writes several in a different order each time. The same adapter gives the same bytes.
 
 `digest` is SHA-256 over the object without it and the tensors, as `formats.digest` defines it: `load` compares it,
-so that a changed number, name, dtype, shape or byte is an error. Every field of the object and of the spec in it is
+so that a changed number, name, dtype, shape or byte is an error; only a change of the text that leaves all of
+them as they were, as E for e in a number, is none. Every field of the object and of the spec in it is
 written and required, and a key that is there twice is refused.
 """
 

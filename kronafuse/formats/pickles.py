@@ -46,6 +46,8 @@ def load_tensors(op: str, path: Path) -> dict[str, Tensor]:
     """
     check_regular(op, path)
     size = path.stat().st_size
+    if not size:
+        raise ValueError(f"{op}: {path} is not a whole torch.save file: it is empty")
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"

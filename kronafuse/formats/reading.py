@@ -37,7 +37,7 @@ def read_small(op: str, path: str | os.PathLike[str]) -> bytes:
     if size > MAX_HEADER_BYTES:
         raise ValueError(f"{op}: {path} must have at most {MAX_HEADER_BYTES:,} bytes; it has {size:,}")
     with open(path, "rb") as file:
-        return file.read(MAX_HEADER_BYTES)
+        return file.read(size)
 
 
 def check_header_size(size: int) -> None:

@@ -153,9 +153,11 @@ def open_tensors(op: str, path: str | os.PathLike[str]) -> TensorFile:
 def _read_header(path: Path) -> bytes:
     """The text of a safetensors file's header. Raises ValueError for one that does not fit, or is too large."""
     size = path.stat().st_size
+    if size < LENGTH_BYTES:  # files of /proc say 0 and may wait for ever
+        raise ValueError(f"it has {size:,} bytes, fewer than the length of a header")
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        if size < LENGTH_BYTES or length > size - LENGTH_BYTES:
+        if length > size - LENGTH_BYTES:
             raise ValueError(f"it has {size:,} bytes, and its header would have {length:,}")
         check_header_size(length)
         text = file.read(length)

@@ -85,7 +85,11 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         with_socket,
         "must be a regular file; it is a socket",
     ),
-    "an empty file": (lambda path: path.write_bytes(b""), "it has 0 bytes, and its header would have 0"),
+    "a file of the kernel that waits": (
+        lambda path: path.symlink_to("/proc/kmsg"),
+        "it has 0 bytes, fewer than the length of a header",
+    ),
+    "an empty file": (lambda path: path.write_bytes(b""), "it has 0 bytes, fewer than the length of a header"),
     "a header longer than the file": (
         lambda path: safetensors(path, b"{}", length=2**63),
         "it has 10 bytes, and its header would have 9,223,372,036,854,775,808",
@@ -226,6 +230,10 @@ NOT_EXECUTED = "is no torch.save file of tensors alone; it has not been executed
 
 FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pipe": (folder_with(os.mkfifo), "adapter_inout.pt must be a regular file; it is a named pipe"),
+    "a file of the kernel that waits": (
+        folder_with(lambda path: path.symlink_to("/proc/kmsg")),
+        "is not a whole torch.save file: it is empty",
+    ),
     "a folder": (folder_with(Path.mkdir), "adapter_inout.pt must be a regular file; it is a folder"),
     "a repeated element": (
         saved(**{"adp.0.weight": torch.zeros(1).expand(60_000, 60_000)}),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from kronafuse import KronA, LoKr, LoRA, __version__, attach, formats
 from kronafuse.formats import AdapterFile, digest, reading
@@ -510,6 +511,20 @@ def test_the_bytes_are_those_that_safetensors_writes(spec, tmp_path):
     again = (tmp_path / "a.safetensors").read_bytes()
     formats.save(tmp_path / "a.safetensors", adapted(spec)[1])
     assert again == (tmp_path / "a.safetensors").read_bytes()
+
+
+def test_older_safetensors_get_the_same_bytes(tmp_path, monkeypatch):
+    """Before 0.8 it took bytes in the place of addresses."""
+    written = {}
+    monkeypatch.delattr(safetensors, "TensorSpec", raising=False)
+    monkeypatch.setattr(
+        tensors_module, "serialize_file", lambda records, path, _: written.update(records, path=path)
+    )
+    tensor = torch.arange(6, dtype=torch.bfloat16).view(2, 3).T
+    with pytest.raises(FileNotFoundError):  # nothing was written
+        tensors_module.save_tensors({"a": tensor}, tmp_path / "a")
+    data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    assert written["a"] == {"dtype": "bfloat16", "shape": [3, 2], "data": data}
 
 
 RECORDS = {

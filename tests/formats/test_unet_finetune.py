@@ -337,6 +337,71 @@ def test_a_damaged_description(change, text, tmp_path):
         formats.load(tmp_path / "a")
 
 
+def exchanged(folder: Path) -> None:
+    """Two files of the same sizes in each other's place."""
+    left, right = (
+        folder / f"output_blocks.{place}.1.transformer_blocks.0.adapter_inout.pt" for place in (3, 4)
+    )
+    left.rename(folder / "left")
+    right.rename(left)
+    (folder / "left").rename(right)
+
+
+def one_less(folder: Path) -> None:
+    path = folder / f"{FIRST}.pt"
+    state = torch.load(path, weights_only=True)
+    state["adp.2.bias"] -= 1
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("change", [exchanged, one_less])
+def test_a_folder_that_is_not_as_it_was_written(change, tmp_path):
+    """Every file is right in itself; with or without a spec that agrees."""
+    formats.save(tmp_path / "a", adapted(SPECS[0])[1], format="unet_finetune")
+    change(tmp_path / "a")
+    for spec in (None, SPECS[0]):
+        with pytest.raises(
+            ValueError, match=r"kronafuse\.json is not as it was written: the digest of its header"
+        ):
+            unet_finetune.load(tmp_path / "a", spec)
+
+
+def test_a_folder_without_a_digest_loads_with_a_warning(tmp_path):
+    _, attachment = adapted(SPECS[0])
+    formats.save(tmp_path / "a", attachment, format="unet_finetune")
+    path = tmp_path / "a" / "kronafuse.json"
+    header = json.loads(path.read_text())
+    del header["digest"]
+    path.write_text(json.dumps(header | {"format_version": 1}))
+    with pytest.warns(UserWarning, match=r"kronafuse\.json has format version 1, which has no digest"):
+        file = formats.load(tmp_path / "a")
+    assert all(torch.equal(file.tensors[name], each) for name, each in attachment.state_dict().items())
+
+
+def test_flipped_bits_of_a_folder_are_refused_or_change_nothing(tmp_path):
+    """A zip file has bytes that say nothing, such as its records' dates."""
+    _, attachment = adapted(SPECS[0])
+    formats.save(tmp_path / "a", attachment, format="unet_finetune")
+    wanted, refused = formats.load(tmp_path / "a"), 0
+    for path in (tmp_path / "a" / "kronafuse.json", tmp_path / "a" / f"{FIRST}.pt"):
+        raw = path.read_bytes()
+        for bit in range(0, 8 * len(raw), max(1, 8 * len(raw) // 150)):
+            flipped = bytearray(raw)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            try:
+                found = formats.load(tmp_path / "a")
+            except ValueError:
+                refused += 1
+                continue
+            assert (found.spec, found.modules, found.scale) == (wanted.spec, wanted.modules, wanted.scale), (
+                bit
+            )
+            assert all(torch.equal(each, wanted.tensors[name]) for name, each in found.tensors.items()), bit
+        path.write_bytes(raw)
+    assert refused > 150
+
+
 def test_folders_of_another_kind(tmp_path):
     with pytest.raises(IsADirectoryError, match="a folder; name the adapter file in it"):
         formats.load(tmp_path)
