@@ -31,10 +31,15 @@ def attach(
     allow_partial: accept attention blocks that get no adapter; they are listed in the report either way
 
     The adapters' parameters alone require gradients: the model's own are frozen, and `remove()` gives each
-    back the `requires_grad` it had. Attention processors of known classes evaluate q, k and v from one read
-    of x, and diffusers' `fuse_qkv_projections()`, which would drop the deltas of linear layers, raises until
-    they are removed. A second call stacks another adapter. Call it before DistributedDataParallel or
-    fully_shard wrap the model. With Bottleneck(init="paper") the outputs change at once, as in the paper.
+    back the `requires_grad` it had. Attention blocks whose processor is of a known class evaluate q, k and v
+    from one read of x, and diffusers' `fuse_qkv_projections()`, which would drop the deltas of linear layers,
+    raises until they are removed. A second call stacks another adapter. Call it before DistributedDataParallel
+    or fully_shard wrap the model. With Bottleneck(init="paper") the outputs change at once, as in the paper.
+
+    The model's `save_pretrained` (and a pipeline's, and `push_to_hub`) writes the model as it would be without
+    adapters, and each adapter that is not merged into `kronafuse_adapter.safetensors`, then `_2` and so on,
+    beside it. Its `state_dict` has the adapters in it: the layer `to_q` has the keys `to_q.base.weight` and
+    `to_q.adapters.0.lokr_a`. PEFT adapters can be added and unloaded before or after: they sit on the base.
 
     `copy.deepcopy(attachment)` copies the model together with its handle, as for a moving average of the
     weights: the copy's `.model` is the new one. A copy of the model alone computes the same, and no handle

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterable, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..formats import save
 from ..formats.adapter_file import AdapterFile
+from ..formats.tensors import check_values
 from ..nn.kron import KronLinear
 from .instance_methods import InstanceMethod
 from .sites import ends_in
@@ -90,7 +92,10 @@ class StateDict(InstanceMethod):
 
 
 class WithoutAdapters(InstanceMethod):
-    """A method that runs on the model's own layers; what it puts in their places gets the adapters again."""
+    """A method that runs on the model's own layers; what it puts in their places gets the adapters again.
+
+    A call of the model by another thread meanwhile is one without adapters.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the method returns. Raises RuntimeError where it would replace layers that hold a merged delta."""
@@ -102,7 +107,7 @@ class WithoutAdapters(InstanceMethod):
                     " could not be put back under another adapter; unmerge() first"
                 )
         hosts = hosts_of(self)
-        with taken_off(self.module):
+        with taken_off(self.module, adapted_layers(hosts)):
             for host in hosts:
                 host.thaw(self.module)
             try:
@@ -124,8 +129,13 @@ class Saving(InstanceMethod):
         bound = self.__signature__.bind(*args, **kwargs)
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         folder = given.get("save_directory")
-        if folder is None or os.path.isfile(folder):
-            return self.original()(*args, **kwargs)
+        if folder is None:
+            raise RuntimeError(
+                f"{self.label}: the files of kronafuse adapters go to the argument save_directory, which is"
+                " missing; write the adapters with formats.save, and the model before attach or after remove()"
+            )
+        if os.path.isfile(folder):
+            return self.original()(*args, **kwargs)  # refuses it
         self._check(given)
         files = self._adapter_files()
         main = bool(given.get("is_main_process", True))
@@ -135,9 +145,12 @@ class Saving(InstanceMethod):
         ]
         if main:
             self._check_folder(Path(folder), paths)
-        if isinstance(given.get("state_dict"), dict):
-            bound.arguments["state_dict"] = own_names(self.module, given["state_dict"])
-        result = self.original(unadapted(self.module))(*bound.args, **bound.kwargs)
+        layers = adapted_layers(hosts_of(self))
+        for file in files:
+            check_values(self.label, file.tensors)
+        if isinstance(bound.arguments.get("state_dict"), dict):
+            bound.arguments["state_dict"] = own_names(self.module, layers, given["state_dict"])
+        result = self.original(unadapted(self.module, layers))(*bound.args, **bound.kwargs)
         if main:
             for path, file in zip(paths, files, strict=True):
                 save(path, file)
@@ -216,9 +229,9 @@ class Saving(InstanceMethod):
         return AdapterFile(spec, modules, file.scale, tensors)
 
 
-def own_names(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def own_names(model: nn.Module, adapted: Set[nn.Module], state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state_dict of a model with adapters as its layers have it without them."""
-    layers = {f"{name}." for name, each in model.named_modules() if isinstance(each, KronLinear)}
+    layers = [f"{name}." for name, each in model.named_modules() if each in adapted]
     blocks = {
         f"{name}.{ATTRIBUTE}."
         for name, each in model.named_modules()
@@ -241,6 +254,11 @@ def hosts_of(method: InstanceMethod) -> list[Host]:
     """The hosts that have put the method there and those of modules below, once each."""
     below = [each.__dict__[HOST] for each in method.module.modules() if HOST in each.__dict__]
     return list({id(each): each for each in (*method.hosts, *below)}.values())
+
+
+def adapted_layers(hosts: Iterable[Host]) -> set[nn.Module]:
+    """The layers that attach made, of these hosts."""
+    return {layer for host in hosts for layer, _ in host.layers.values()}
 
 
 def _prefix(model: nn.Module, part: nn.Module) -> str | None:

@@ -120,13 +120,18 @@ def unmatched_blocks(model: nn.Module, targets: Sequence[str]) -> dict[str, list
 
 
 def unadapted_projections(model: nn.Module, adapted: Collection[str]) -> tuple[str, ...]:
-    """The linear layers inside attention blocks that are not among the adapted ones, in the model's order."""
+    """The linear layers inside attention blocks that are not among the adapted ones, in the model's order.
+
+    A layer that another library has wrapped is one, not also what the wrapper holds.
+    """
     inside = {id(child) for block in attention_blocks(model).values() for _, child, _ in walk(block)}
-    return tuple(
-        name
-        for name, place in linear_places(model).items()
-        if id(place.module) in inside and name not in adapted
-    )
+    names: list[str] = []
+    outer = "\0"
+    for name, place in linear_places(model).items():
+        if id(place.module) in inside and not name.startswith(outer):
+            outer = f"{name}."
+            names.append(name)
+    return tuple(name for name in names if name not in adapted)
 
 
 def _unknown(model: nn.Module, target: str, places: dict[str, Place]) -> str:

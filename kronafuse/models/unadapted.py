@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 
 from torch import nn
@@ -15,22 +15,26 @@ HOST = "_kronafuse_host"
 """Where a model with adapters keeps its Host; absent from a model without."""
 
 
-def unadapted(module: nn.Module, known: dict[int, nn.Module] | None = None) -> nn.Module:
+def unadapted(
+    module: nn.Module, layers: Set[nn.Module], known: dict[int, nn.Module] | None = None
+) -> nn.Module:
     """A tree of the same tensors and modules without adapters; `module` itself if it carries none.
 
     Only the modules above an adapted layer are new objects, so that the model can be called meanwhile.
+
+    layers: the adapted layers that attach made; a KronLinear of the model's own is not one
     """
     known = {} if known is None else known
     if id(module) not in known:
-        known[id(module)] = _without(module, known)
+        known[id(module)] = _without(module, layers, known)
     return known[id(module)]
 
 
-def _without(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
-    if isinstance(module, KronLinear):
-        return unadapted(module.base, known)
+def _without(module: nn.Module, layers: Set[nn.Module], known: dict[int, nn.Module]) -> nn.Module:
+    if isinstance(module, KronLinear) and module in layers:
+        return unadapted(module.base, layers, known)
     children = {
-        name: None if child is None else unadapted(child, known)
+        name: None if child is None else unadapted(child, layers, known)
         for name, child in module._modules.items()
         if not isinstance(child, BlockAdapters)
     }
@@ -47,29 +51,31 @@ def _without(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
 
 
 @contextmanager
-def taken_off(model: nn.Module) -> Iterator[None]:
+def taken_off(model: nn.Module, layers: Set[nn.Module]) -> Iterator[None]:
     """The model itself without its adapters for the length of a `with`; what stands in a layer's place at the
     end is then the adapted layer's base.
+
+    layers: as in `unadapted`
     """
-    layers: list[tuple[nn.Module, str, KronLinear]] = []
+    places: list[tuple[nn.Module, str, KronLinear]] = []
     blocks: list[tuple[nn.Module, str, BlockAdapters]] = []
     for parent in model.modules():
         if isinstance(parent, (KronLinear, BlockAdapters)):
             continue
         for name, child in parent._modules.items():
-            if isinstance(child, KronLinear):
-                layers.append((parent, name, child))
+            if isinstance(child, KronLinear) and child in layers:
+                places.append((parent, name, child))
             elif isinstance(child, BlockAdapters):
                 blocks.append((parent, name, child))
-    bases = {layer: layer.base for _, _, layer in layers}
-    for parent, name, layer in layers:
+    bases = {layer: layer.base for _, _, layer in places}
+    for parent, name, layer in places:
         parent._modules[name] = layer.base
     for parent, name, _ in blocks:
         del parent._modules[name]
     try:
         yield
     finally:
-        for parent, name, layer in layers:
+        for parent, name, layer in places:
             now = parent._modules.get(name)
             if now is not None:
                 # A layer with two holders of which one got another module has that one in both.

@@ -281,6 +281,7 @@ def test_peft_and_attach_in_both_orders(name, first, out):
     assert not torch.allclose(both, ours, atol=1e-3)
     assert not torch.allclose(both, theirs, atol=1e-3)
     assert len(attachment.report.layers) == len(ours_alone.report.layers)
+    assert not any("lora_" in each or "base_layer" in each for each in attachment.report.unadapted)
     assert any("not nn.Linear" in (each.unfused or "") for each in attachment.report.layers)
 
     if out == "unload":
@@ -468,6 +469,12 @@ def test_saving_is_refused_where_it_cannot_be_made_right(tmp_path):
     attach(model, KRONA)
     with pytest.raises(RuntimeError, match="its weights are distributed over processes"):
         model.save_pretrained(tmp_path / "new", distributed_checkpoint=True)
+    with pytest.raises(RuntimeError, match="the argument save_directory, which is missing"):
+        model.save_pretrained(None)
+    randomize(attachment := attach(model, LoRA(2)))
+    next(attachment.parameters()).data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"CLIPTextModel.save_pretrained: .* must be finite"):
+        model.save_pretrained(tmp_path / "new")
     other, _ = build("clip")
     other.save_pretrained = lambda save_directory: None
     attachment = attach(other, KRONA)
@@ -531,3 +538,17 @@ def test_tied_weights_stay_tied(tmp_path):
     assert torch.equal(output(loaded, tokens), adapted)
     attachment.remove()
     assert snapshot(model) == before
+
+
+def test_a_kron_linear_of_the_models_own_is_no_adapter(tmp_path):
+    """One that its user has built in is saved as the layer that it is."""
+    model, _ = build("sd15")
+    ff = model.mid_block.attentions[0].transformer_blocks[0].ff.net
+    ff[2] = KronLinear(ff[2], LoRA(2))
+    keys = set(model.state_dict())
+    attach(model, KRONA)
+    save(model, tmp_path)
+    assert set(load_file(tmp_path / "diffusion_pytorch_model.safetensors")) == keys
+    own = ff[2]
+    add_peft(model, "sd15")
+    assert ff[2] is own
