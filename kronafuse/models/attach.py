@@ -36,10 +36,12 @@ def attach(
     raises until they are removed. A second call stacks another adapter. Call it before DistributedDataParallel
     or fully_shard wrap the model. With Bottleneck(init="paper") the outputs change at once, as in the paper.
 
-    The model's `save_pretrained` (and a pipeline's, and `push_to_hub`) writes the model as it would be without
-    adapters, and each adapter that is not merged into `kronafuse_adapter.safetensors`, then `_2` and so on,
-    beside it. Its `state_dict` has the adapters in it: the layer `to_q` has the keys `to_q.base.weight` and
-    `to_q.adapters.0.lokr_a`. PEFT adapters can be added and unloaded before or after: they sit on the base.
+    The model's `save_pretrained`, a pipeline's and `push_to_hub` write the model as it would be without
+    adapters, and each adapter that is not merged into a file of its own in the same folder:
+    `kronafuse_adapter.safetensors`, then `kronafuse_adapter_2.safetensors` and so on. The model's `state_dict`
+    has the adapters in it: a layer `to_q` has the keys `to_q.base.weight` and `to_q.adapters.0.lokr_a`. PEFT
+    adapters can be added and unloaded before or after, through the methods of diffusers and transformers; they
+    sit below these adapters, which then add their delta to the output of PEFT's layer.
 
     `copy.deepcopy(attachment)` copies the model together with its handle, as for a moving average of the
     weights: the copy's `.model` is the new one. A copy of the model alone computes the same, and no handle

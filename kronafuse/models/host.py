@@ -41,7 +41,7 @@ class Host:
 
     @classmethod
     def of(cls, model: nn.Module) -> Host:
-        """The model's Host; the first attachment makes it, which freezes the model's parameters."""
+        """Return the model's Host; the first attachment makes it, which freezes the model's parameters."""
         host = model.__dict__.get(HOST)
         if host is None:
             host = cls()
@@ -55,7 +55,7 @@ class Host:
         return host
 
     def join(self, attachment: Attachment) -> None:
-        """One attachment more, until `leave`."""
+        """Count one more attachment, until `leave`."""
         self.attachments.append(attachment)
 
     def wrap(self, place: Place) -> KronLinear:
@@ -80,7 +80,7 @@ class Host:
                 self.methods.append(SharedForward.install(self, module, "forward"))
 
     def sharing(self, model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
-        """The adapted attention blocks that read x once, and why each other one does not."""
+        """Return the adapted attention blocks that read x once, and why each other one does not."""
         if "diffusers" not in sys.modules:
             return (), {}
         from .processors import adapted_attention, unshared_reason
@@ -120,7 +120,7 @@ class Host:
         )
 
     def leave(self, attachment: Attachment) -> None:
-        """One attachment less; after the last, the model is as it was before the first.
+        """Count one attachment less; after the last, the model is as it was before the first.
 
         What has since been taken out of the model, or replaced in it, is passed over.
         """
@@ -155,7 +155,7 @@ class Host:
             _set_requires_grad(module, attribute, True)
 
     def freeze_again(self, part: nn.Module) -> None:
-        """Freeze it again; what something else has frozen meanwhile is no longer ours to give back."""
+        """Freeze it again; what something else has frozen since `thaw` stays frozen after `remove`."""
         inside = self._frozen_in(part)
         for module, attribute in inside:
             parameter = module._parameters.get(attribute)

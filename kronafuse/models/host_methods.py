@@ -48,7 +48,7 @@ TREE_METHODS = (
 """Methods that find layers by class and name, or write their names."""
 
 ADAPTER_NAME = "kronafuse_adapter"
-"""What `save_pretrained` calls the files of adapters: this, then this with _2, _3 and so on, .safetensors."""
+"""File name of the first adapter that `save_pretrained` writes; the others end in _2, _3 and so on."""
 
 
 class Refusal(InstanceMethod):
@@ -73,7 +73,7 @@ class StateDict(InstanceMethod):
     """The `state_dict` of a model that got adapters, which notices a save of a larger model around it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the method returns.
+        """Return what the method returns.
 
         Raises RuntimeError within a `save_pretrained` of a model that attach did not see: the folder would load
         with random weights in the adapted layers.
@@ -84,7 +84,7 @@ class StateDict(InstanceMethod):
             if frame.f_code.co_name in SAVING_METHODS:
                 raise RuntimeError(
                     f"save_pretrained: a part of the model, {prefix.rstrip('.')}, carries kronafuse adapters that"
-                    " were attached to it alone, and the folder would not load; attach to the whole model, or"
+                    " were attached to this part only, and the folder would not load; attach to the whole model, or"
                     " save it before attach or after remove()"
                 )
             frame = frame.f_back
@@ -94,11 +94,14 @@ class StateDict(InstanceMethod):
 class WithoutAdapters(InstanceMethod):
     """A method that runs on the model's own layers; what it puts in their places gets the adapters again.
 
-    A call of the model by another thread meanwhile is one without adapters.
+    While it runs, a call of the model by another thread finds no adapters.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the method returns. Raises RuntimeError where it would replace layers that hold a merged delta."""
+        """Return what the method returns.
+
+        Raises RuntimeError if the method would replace layers while a delta is merged.
+        """
         if self.name in ADDING_METHODS:
             merged = [name for name, each in self.module.named_modules() if _can_unmerge(each)]
             if merged:
@@ -118,7 +121,7 @@ class WithoutAdapters(InstanceMethod):
 
 
 class Saving(InstanceMethod):
-    """`save_pretrained` of the model's own layers, with the adapters beside them."""
+    """`save_pretrained` of the model's own layers, and the adapters in files of their own."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Write the model as its class does, as if it had no adapters, and each adapter into a file.
@@ -187,7 +190,7 @@ class Saving(InstanceMethod):
             )
 
     def _adapter_files(self) -> list[AdapterFile]:
-        """One for each attachment that has unmerged adapters in this model, in this model's names."""
+        """Return one for each attachment that has unmerged adapters in this model, in this model's names."""
         files = []
         for host in hosts_of(self):
             for attachment in host.attachments:
@@ -230,7 +233,7 @@ class Saving(InstanceMethod):
 
 
 def own_names(model: nn.Module, adapted: Set[nn.Module], state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state_dict of a model with adapters as its layers have it without them."""
+    """Return a state_dict of a model with adapters under the names that it has without them."""
     layers = [f"{name}." for name, each in model.named_modules() if each in adapted]
     blocks = {
         f"{name}.{ATTRIBUTE}."
@@ -251,18 +254,18 @@ def own_names(model: nn.Module, adapted: Set[nn.Module], state_dict: dict[str, T
 
 
 def hosts_of(method: InstanceMethod) -> list[Host]:
-    """The hosts that have put the method there and those of modules below, once each."""
+    """Return the hosts that have put the method there and those of modules below, once each."""
     below = [each.__dict__[HOST] for each in method.module.modules() if HOST in each.__dict__]
     return list({id(each): each for each in (*method.hosts, *below)}.values())
 
 
 def adapted_layers(hosts: Iterable[Host]) -> set[nn.Module]:
-    """The layers that attach made, of these hosts."""
+    """Return the layers of these hosts that attach made."""
     return {layer for host in hosts for layer, _ in host.layers.values()}
 
 
 def _prefix(model: nn.Module, part: nn.Module) -> str | None:
-    """What a part's names begin with in a model, None if it is not in there."""
+    """Return what a part's names begin with in a model, None if the part is not in it."""
     for name, module in model.named_modules():
         if module is part:
             return f"{name}." if name else ""

@@ -52,7 +52,7 @@ class InstanceMethod:
             self.module.__dict__.update(self.own)
 
     def original(self, module: nn.Module | None = None) -> Callable[..., Any]:
-        """The method as it was, bound to its module or to another one like it.
+        """Return the method as it was, bound to its module or to another one like it.
 
         Raises RuntimeError if it was itself one that was put on the module and cannot be bound to another.
         """
@@ -80,7 +80,7 @@ class InstanceMethod:
         return inspect.signature(self.original())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The method in its new form."""
+        """Run the method in its new form."""
         raise NotImplementedError
 
 

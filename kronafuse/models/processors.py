@@ -1,10 +1,10 @@
-"""One read of x for q, k and v, whichever attention processor a block has.
+"""Evaluate q, k and v from one read of x, with the attention processors left in place.
 
 A processor asks its attention module for `to_q(x)`, `to_k(x)` and `to_v(x)` in turn. The attention module's
 `forward` hands itself to its processor; here it hands over a stand-in, which answers the first of these calls
 with one operator call for all projections of the same x, and keeps the other results until they are asked for.
-The processors stay the stock objects in their places: diffusers compares their classes, sets other ones,
-and gives them an attention kernel (`_attention_backend`) and context parallelism (`_parallel_config`).
+The processors stay the stock objects: diffusers compares their exact classes, sets other ones, and gives them
+an attention kernel (`_attention_backend`) and context parallelism (`_parallel_config`).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ GROUPS: dict[type, Callable[[Tensor | None], Groups]] = {
 
 
 FORWARDS = (Attention.forward, FluxAttention.forward, Flux2Attention.forward)
-"""Those that do nothing with their own module but hand it to the processor, so that a stand-in will do."""
+"""Forwards that only hand their module to the processor, so that a stand-in for the module will do."""
 
 
 class SharedForward(InstanceMethod):
@@ -102,14 +102,14 @@ class SharedForward(InstanceMethod):
     def __call__(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """What the class's own forward returns."""
+        """Return what the class's own forward returns."""
         attn = self.module
         groups = GROUPS.get(type(attn.processor))
         stand_in = attn if groups is None else SharedInput(attn, groups(encoder_hidden_states))
         return self.function(stand_in, hidden_states, encoder_hidden_states, *args, **kwargs)
 
     def uninstall(self, host: Host) -> None:
-        """As ever, also from under accelerate's hook, which keeps the forward that it found."""
+        """Take the method off, also from under a hook of accelerate, which keeps the forward that it found."""
         super().uninstall(host)
         if not self.hosts and self.module.__dict__.get("_old_forward") is self:
             self.module.__dict__["_old_forward"] = self.original()
@@ -122,7 +122,7 @@ def can_share(attn: nn.Module) -> bool:
 
 
 def adapted_attention(model: nn.Module) -> dict[str, nn.Module]:
-    """The attention blocks with a processor and adapted projections, by name."""
+    """Return the attention blocks with a processor and adapted projections, by name."""
     return {
         name: module
         for name, module in model.named_modules()

@@ -120,7 +120,7 @@ def unmatched_blocks(model: nn.Module, targets: Sequence[str]) -> dict[str, list
 
 
 def unadapted_projections(model: nn.Module, adapted: Collection[str]) -> tuple[str, ...]:
-    """The linear layers inside attention blocks that are not among the adapted ones, in the model's order.
+    """Return the linear layers inside attention blocks that are not among the adapted ones, in the model's order.
 
     A layer that another library has wrapped is one, not also what the wrapper holds.
     """

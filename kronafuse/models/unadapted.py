@@ -1,4 +1,4 @@
-"""A model as it is without its adapters: as a second tree beside it, or in its own place for a while."""
+"""A model as it is without its adapters: as a second tree of modules, or for a while in place."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ HOST = "_kronafuse_host"
 def unadapted(
     module: nn.Module, layers: Set[nn.Module], known: dict[int, nn.Module] | None = None
 ) -> nn.Module:
-    """A tree of the same tensors and modules without adapters; `module` itself if it carries none.
+    """Return a tree of the same tensors and modules without adapters; `module` itself if it carries none.
 
-    Only the modules above an adapted layer are new objects, so that the model can be called meanwhile.
+    Only the modules above an adapted layer are new objects, so that other threads can call the model.
 
     layers: the adapted layers that attach made; a KronLinear of the model's own is not one
     """
@@ -52,8 +52,9 @@ def _without(module: nn.Module, layers: Set[nn.Module], known: dict[int, nn.Modu
 
 @contextmanager
 def taken_off(model: nn.Module, layers: Set[nn.Module]) -> Iterator[None]:
-    """The model itself without its adapters for the length of a `with`; what stands in a layer's place at the
-    end is then the adapted layer's base.
+    """Take the adapters out of the model for the length of a `with`.
+
+    The module that stands in an adapted layer's place at the end becomes that layer's base.
 
     layers: as in `unadapted`
     """

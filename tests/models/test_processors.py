@@ -281,6 +281,8 @@ def test_the_default_processors_can_be_set_after_attach_and_share(made):
     sharing = attachment.report.sharing
     assert sharing
     classes = {type(each) for each in model.attn_processors.values()}
+    model.set_default_attn_processor()
+    assert attachment.report.sharing == sharing
     model.set_attn_processor(SlicedAttnProcessor(1))
     assert attachment.report.sharing == ()
     model.set_default_attn_processor()
