@@ -88,6 +88,20 @@ def may_be_differentiated(tensor: Tensor) -> bool:
     return _is_gradtracking is None or _is_gradtracking(tensor)
 
 
+_private("autograd.forward_ad._current_level")  # a number, read anew at each call
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is under way; True where that is not known."""
+    return not NAMES["autograd.forward_ad._current_level"] or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace records what is called, asked without its wrapper in Python where that goes."""
+    tracing = _OBSERVERS[-1]
+    return torch.jit.is_tracing() if tracing is None else tracing() is not None  # pyright: ignore[reportPrivateImportUsage]
+
+
 _any_autocast = _private("_C._is_any_autocast_enabled")
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ..torch_private import (
     below_autograd,
+    in_forward_mode,
     is_plain,
+    is_traced,
     may_autocast,
     may_be_differentiated,
     nothing_observes,
@@ -72,13 +74,16 @@ def any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
 def runs_directly(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call needs no autograd.Function around its raw op: nothing is differentiated, in any mode.
 
-    torch.func's transforms of the tensors go through the Function with gradients off too, which raises for the
-    forward mode; the raw op alone would give it a derivative of 0.
+    torch.func's transforms of the tensors and forward-mode derivatives go through the Function with gradients off
+    too, which raises for the forward mode; the raw op alone would give it a derivative of 0. torch.jit.trace records the raw
+    op.
     """
     if torch.compiler.is_compiling():
         # Where nothing has a gradient Dynamo hands ctx to a Function's forward, although it has a setup_context.
         return not torch.is_grad_enabled() or not any_requires_grad(tensors)
-    return not torch.is_grad_enabled() and not any(
+    if torch.is_grad_enabled():
+        return is_traced() and not any_requires_grad(tensors)
+    return not in_forward_mode() and not any(
         each is not None and may_be_differentiated(each) for each in tensors
     )
 

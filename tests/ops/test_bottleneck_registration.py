@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kronafuse import checks, kron_linear, kron_merge
+from kronafuse import checks
 from kronafuse.ops.bottleneck.op import bottleneck
 from kronafuse.testing.bottleneck import bottleneck_chain, call
 from kronafuse.testing.bottleneck_cases import ODD_CASES, BottleneckCase
@@ -100,30 +100,6 @@ def test_second_derivatives_raise_with_frozen_factors(of, own_residual):
     }[of]
     with pytest.raises(RuntimeError, match="bottleneck: second derivatives are not implemented"):
         twice(torch.randn(3, 48, requires_grad=of == "gradient_penalty"))
-
-
-FORWARD_MODE = {
-    "jvp": lambda run, x: torch.func.jvp(run, (x,), (x,)),
-    "jacfwd": lambda run, x: torch.func.jacfwd(run)(x),
-}
-OPERATORS = {
-    "bottleneck": lambda x: bottleneck(x, None, torch.randn(6, 12), torch.randn(12, 6), impl="eager"),
-    "kron_linear": lambda x: kron_linear(
-        x, torch.randn(8, 12), torch.randn(4, 3), torch.randn(2, 4), impl="eager"
-    ),
-    "kron_merge": lambda x: kron_merge(x, torch.randn(4, 3), torch.randn(2, 4)),
-}
-
-
-@pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no_grad"])
-@pytest.mark.parametrize("mode", FORWARD_MODE)
-@pytest.mark.parametrize("name", OPERATORS)
-def test_forward_mode_raises_and_is_not_zero(name, mode, gradients):
-    with (
-        torch.set_grad_enabled(gradients),
-        pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|vmap"),
-    ):
-        FORWARD_MODE[mode](OPERATORS[name], torch.randn(8, 12))
 
 
 @pytest.mark.parametrize("impl", ["eager", "auto"])

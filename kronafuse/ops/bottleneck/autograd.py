@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..calls import bind_by_position
+from ..transforms import explained
 from .raw import OP, Options, backward, forward
 
 
@@ -42,7 +43,7 @@ class Bottleneck(torch.autograd.Function):
             # Under create_graph the products are recorded, to raise where they are differentiated again.
             recorded = torch.is_grad_enabled()
             products = BottleneckGradient.apply if recorded else BottleneckGradient.forward
-            computed = products(ctx.options, needs, dy, *ctx.saved_tensors)
+            computed = explained(OP, products, ctx.options, needs, dy, *ctx.saved_tensors)
             results = [grad if wanted else None for grad, wanted in zip(computed, needs, strict=True)]
         if dy is not None and need_residual:
             dresidual = dy.to(ctx.residual_dtype)

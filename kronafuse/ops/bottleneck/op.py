@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import checks
 from ..calls import any_requires_grad, autocasts, compute_dtype, distinct, runs_directly, scale_dtype
+from ..transforms import apply, explained
 from .autograd import Bottleneck
 from .raw import OP, Options, forward
 
@@ -62,9 +63,9 @@ def bottleneck(
     options = Options(number, activation, compute_dtype(x), residual_is_x, impl)
     tensors = [x, residual, down, up, down_bias, up_bias, scale_tensor]
     if runs_directly(tensors):
-        return forward(tensors, options, False)[0]
+        return explained(OP, forward, tensors, options, False)[0]
     keep = any_requires_grad((x, down, up, down_bias, scale_tensor))
-    return Bottleneck.apply(options, keep, *(distinct(tensors) if compiling else tensors))[0]
+    return apply(OP, Bottleneck, options, keep, *(distinct(tensors) if compiling else tensors))[0]
 
 
 def _check_types(

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...planner import choose
 from ...shapes import KronShape
 from ..calls import bind_by_position
+from ..transforms import explained
 from .algorithm import LAYER_GRADIENTS, TERM_GRADIENTS
 from .raw import LAYER_TENSORS, TERM_TENSORS, Layout, backward, forward
 
@@ -74,7 +75,8 @@ class KronGroup(torch.autograd.Function):
             products = KronGroupGradient.apply if torch.is_grad_enabled() else KronGroupGradient.forward
             parts = [ctx.held.get(index, saved[index]) for index in part.terms]
             dys = [grads[index] for index in used]
-            dx, *computed = products(part.of(layout), needs, len(used), *dys, x, *picked, *parts)
+            flat = (*dys, x, *picked, *parts)
+            dx, *computed = explained(layout.op, products, part.of(layout), needs, len(used), *flat)
             for index, result in zip(part.gradients, computed, strict=True):
                 results[index] = result if need[index] else None
         for index in range(layers):

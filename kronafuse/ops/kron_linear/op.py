@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import checks
 from ..calls import autocasts, distinct, runs_directly, scale_dtype
+from ..transforms import apply, explained
 from .autograd import KronGroup
 from .raw import Layout, forward
 from .terms import FrozenLinear, KronTerm, check_records
@@ -119,8 +120,9 @@ def _apply(op: str, x: Tensor, layers: Sequence[FrozenLinear], impl: str) -> lis
     layout = Layout(op, impl, tuple(counts), tuple(scales), tuple(shuffled))
     tensors = [x, *layer_tensors, *term_tensors]
     if runs_directly(tensors):
-        return forward(x, layer_tensors, term_tensors, layout)[: len(counts)]
-    return list(KronGroup.apply(layout, *(distinct(tensors) if compiling else tensors))[: len(counts)])
+        return explained(op, forward, x, layer_tensors, term_tensors, layout)[: len(counts)]
+    results = apply(op, KronGroup, layout, *(distinct(tensors) if compiling else tensors))
+    return list(results[: len(counts)])
 
 
 def _cast_whole(op: str, layer: FrozenLinear, dtype: torch.dtype) -> FrozenLinear:

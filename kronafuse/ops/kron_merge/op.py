@@ -10,6 +10,7 @@ from torch import Tensor
 from ... import backends, checks
 from .. import cpu_reasons, cuda_reasons, triton_reasons
 from ..calls import runs_directly
+from ..transforms import apply, explained
 from . import eager, native_cuda
 from .eager import dense_factors, kron_blocks, wide_dtype
 
@@ -118,8 +119,8 @@ def merge_by(
         scale = weight.new_ones((), dtype=wide_dtype(weight)) * scale
     tensors = (weight, a, b, b_down, scale)
     if runs_directly(tensors):
-        return _kron_merge(*tensors, shuffled, impl)
-    return _KronMerge.apply(*tensors, shuffled, impl)
+        return explained("kron_merge", _kron_merge, *tensors, shuffled, impl)
+    return apply("kron_merge", _KronMerge, *tensors, shuffled, impl)
 
 
 class _KronMerge(torch.autograd.Function):
@@ -144,21 +145,39 @@ class _KronMerge(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         need_weight, need_a, need_b, need_b_down, need_scale, _, _ = ctx.needs_input_grad
-        da = db = db_down = dscale = None
-        if need_a or need_b or need_b_down or need_scale:
-            a, b, b_down, scale = ctx.saved_tensors
-            wide = wide_dtype(grad)
-            with torch.autocast(grad.device.type, enabled=False):
-                left, right = dense_factors(a, b, b_down, wide)
-                blocks = kron_blocks(grad, left, right, ctx.shuffled).to(wide)  # (N1, N2, K1, K2)
-                if need_a or need_scale:
-                    through_b = torch.einsum("ipjq,pq->ij", blocks, right)
-                    da = (scale.to(wide) * through_b).to(a.dtype) if need_a else None
-                    dscale = (through_b * left).sum().to(scale.dtype) if need_scale else None
-                if need_b or need_b_down:
-                    db = scale.to(wide) * torch.einsum("ipjq,ij->pq", blocks, left)
-                    if b_down is not None:
-                        db_down = (b.to(wide).t() @ db).to(b_down.dtype) if need_b_down else None
-                        db = db @ b_down.to(wide).t()
-                    db = db.to(b.dtype) if need_b else None
-        return grad if need_weight else None, da, db, db_down, dscale, None, None
+        of_factors: tuple[Tensor | None, ...] = (None, None, None, None)
+        needs = (need_a, need_b, need_b_down, need_scale)
+        if any(needs):
+            of_factors = explained(
+                "kron_merge", _factor_gradients, grad, *ctx.saved_tensors, ctx.shuffled, needs
+            )
+        return grad if need_weight else None, *of_factors, None, None
+
+
+def _factor_gradients(
+    grad: Tensor,
+    a: Tensor | None,
+    b: Tensor,
+    b_down: Tensor | None,
+    scale: Tensor,
+    shuffled: bool,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a, b, b_down and the scale from dW, where they are asked for."""
+    need_a, need_b, need_b_down, need_scale = needs
+    da = db = db_down = dscale = None
+    wide = wide_dtype(grad)
+    with torch.autocast(grad.device.type, enabled=False):
+        left, right = dense_factors(a, b, b_down, wide)
+        blocks = kron_blocks(grad, left, right, shuffled).to(wide)  # (N1, N2, K1, K2)
+        if need_a or need_scale:
+            through_b = torch.einsum("ipjq,pq->ij", blocks, right)
+            da = (scale.to(wide) * through_b).to(a.dtype) if need_a and a is not None else None
+            dscale = (through_b * left).sum().to(scale.dtype) if need_scale else None
+        if need_b or need_b_down:
+            db = scale.to(wide) * torch.einsum("ipjq,ij->pq", blocks, left)
+            if b_down is not None:
+                db_down = (b.to(wide).t() @ db).to(b_down.dtype) if need_b_down else None
+                db = db @ b_down.to(wide).t()
+            db = db.to(b.dtype) if need_b else None
+    return da, db, db_down, dscale
