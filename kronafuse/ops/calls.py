@@ -22,6 +22,8 @@ from ..torch_private import (
     view_alone,
 )
 
+from .flop_counting import give_formulas
+
 _NOTHING = nullcontext()
 
 
@@ -75,8 +77,8 @@ def runs_directly(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call needs no autograd.Function around its raw op: nothing is differentiated, in any mode.
 
     torch.func's transforms of the tensors and forward-mode derivatives go through the Function with gradients off
-    too, which raises for the forward mode; the raw op alone would give it a derivative of 0. torch.jit.trace records the raw
-    op.
+    too, which raises for the forward mode; the raw op alone would give it a derivative of 0. torch.jit.trace records
+    the raw op.
     """
     if torch.compiler.is_compiling():
         # Where nothing has a gradient Dynamo hands ctx to a Function's forward, although it has a setup_context.
@@ -104,6 +106,7 @@ def run_op(
 ) -> Any:
     """op(*rest), past the dispatcher where nothing but the time differs; `tensors` are those in `rest`."""
     if not is_unobserved(tensors):
+        give_formulas()
         return op(*rest)
     with below_autograd():
         return kernel(*rest)

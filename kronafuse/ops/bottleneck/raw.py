@@ -15,7 +15,8 @@ from torch import Tensor
 from ... import backends, checks
 from .. import cpu_reasons, cuda_reasons, triton_reasons
 from ..calls import flat_tokens, run_op, unflat_tokens, without_autocast
-from . import eager, native_cpu, native_cuda, reference
+from ..flop_counting import formula
+from . import eager, flops, native_cpu, native_cuda, reference
 from .call import Call, Needs, result_dtype
 
 OP = "bottleneck"
@@ -176,6 +177,8 @@ for _name, _kernel, _fake in (
 
 bottleneck_forward = torch.ops.kronafuse.bottleneck_forward.default
 bottleneck_backward = torch.ops.kronafuse.bottleneck_backward.default
+formula(bottleneck_forward, flops.forward)
+formula(bottleneck_backward, flops.backward)
 
 
 def forward(tensors: Sequence[Tensor | None], options: Options, keep: bool) -> tuple[Tensor, Tensor]:

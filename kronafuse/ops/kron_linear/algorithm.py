@@ -30,7 +30,7 @@ from .gradients import (
     scale_gradient,
 )
 from .maps import KronMap
-from .terms import FrozenLinear, KronTerm
+from .terms import LAYER_GRADIENTS, TERM_GRADIENTS, FrozenLinear, KronTerm
 
 if TYPE_CHECKING:
     from .sum_kernel import SecondStages
@@ -225,12 +225,6 @@ def _is_small(kron: KronMap, x: Tensor, small_bytes: int) -> bool:
         return True
     width = kron.left[0 if kron.order == "a_first" else 1] * kron.inner[1]
     return x.shape[0] * width * x.element_size() < small_bytes
-
-
-LAYER_GRADIENTS = 2
-"""Gradients per layer in the flat list: weight, bias (that of base is dy itself)."""
-TERM_GRADIENTS = 5
-"""Gradients per term in the flat list: a, b, b_down, scale, row_scale."""
 
 
 def backward(

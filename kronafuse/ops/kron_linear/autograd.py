@@ -13,8 +13,8 @@ from ...planner import choose
 from ...shapes import KronShape
 from ..calls import bind_by_position
 from ..transforms import explained
-from .algorithm import LAYER_GRADIENTS, TERM_GRADIENTS
-from .raw import LAYER_TENSORS, TERM_TENSORS, Layout, backward, forward
+from .raw import Layout, backward, forward
+from .terms import LAYER_GRADIENTS, LAYER_TENSORS, TERM_GRADIENTS, TERM_TENSORS
 
 BASE = 2
 """Where base stands among a layer's tensors; its gradient is dy itself, outside the raw op."""

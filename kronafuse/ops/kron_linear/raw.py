@@ -18,8 +18,9 @@ from ... import backends, checks, planner
 from ...shapes import KronShape
 from .. import cpu_reasons, cuda_reasons, triton_reasons
 from ..calls import flat_tokens, run_op, unflat_tokens, without_autocast
-from . import algorithm, eager, reference
-from .terms import FrozenLinear, KronTerm
+from ..flop_counting import formula
+from . import algorithm, eager, flops, reference
+from .terms import LAYER_TENSORS, TERM_TENSORS, FrozenLinear, KronTerm
 
 
 class Layout(NamedTuple):
@@ -31,11 +32,6 @@ class Layout(NamedTuple):
     scales: tuple[float, ...]
     shuffled: tuple[bool, ...]
 
-
-LAYER_TENSORS = 3
-"""Tensors per layer in the flat list: weight, bias, base."""
-TERM_TENSORS = 5
-"""Tensors per term in the flat list: a, b, b_down, scale, row_scale."""
 
 GROUP = (
     "Tensor?[] layer_tensors, Tensor?[] term_tensors, "
@@ -198,6 +194,8 @@ for _name, _kernel, _fake in (
 
 kron_forward = torch.ops.kronafuse.kron_forward.default
 kron_backward = torch.ops.kronafuse.kron_backward.default
+formula(kron_forward, flops.forward)
+formula(kron_backward, flops.backward)
 _forward_alone = partial(_forward, small_bytes=planner.SMALL_BYTES)
 
 

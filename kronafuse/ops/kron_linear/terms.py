@@ -8,6 +8,15 @@ from torch import Tensor
 
 from ... import checks
 
+LAYER_TENSORS = 3
+"""Tensors per layer in a flat list: weight, bias, base."""
+TERM_TENSORS = 5
+"""Tensors per term in a flat list: a, b, b_down, scale, row_scale."""
+LAYER_GRADIENTS = 2
+"""Gradients per layer in a flat list: weight, bias (that of base is dy itself)."""
+TERM_GRADIENTS = 5
+"""Gradients per term in a flat list: a, b, b_down, scale, row_scale."""
+
 
 class KronTerm(NamedTuple):
     """One adapter: scale · row_scale ⊙ (A ⊗ B), to be added to a frozen weight.

@@ -10,6 +10,7 @@ from torch import Tensor
 from ... import backends, checks
 from .. import cpu_reasons, cuda_reasons, triton_reasons
 from ..calls import runs_directly
+from ..flop_counting import formula, give_formulas
 from ..transforms import apply, explained
 from . import eager, native_cuda
 from .eager import dense_factors, kron_blocks, wide_dtype
@@ -74,6 +75,14 @@ torch.library.register_fake("kronafuse::kron_merge", _merge_fake)
 _kron_merge = torch.ops.kronafuse.kron_merge.default
 
 
+def _flops(_weight: Tensor, _a: Tensor | None, b: Tensor, b_down: Tensor | None, *_: Any, **__: Any) -> int:
+    """B_up · B_down, 2 a multiply-accumulate; A ⊗ B is no product of matrices."""
+    return 0 if b_down is None else 2 * b.numel() * b_down.shape[1]
+
+
+formula(_kron_merge, _flops)
+
+
 def kron_merge(
     weight: Tensor,
     a: Tensor | None,
@@ -118,6 +127,7 @@ def merge_by(
     if not isinstance(scale, Tensor):
         scale = weight.new_ones((), dtype=wide_dtype(weight)) * scale
     tensors = (weight, a, b, b_down, scale)
+    give_formulas()
     if runs_directly(tensors):
         return explained("kron_merge", _kron_merge, *tensors, shuffled, impl)
     return apply("kron_merge", _KronMerge, *tensors, shuffled, impl)
