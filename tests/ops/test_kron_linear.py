@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from kronafuse import FrozenLinear, KronTerm, kron_delta, kron_linear, kron_linear_group
-from kronafuse.ops.kron_linear.ref import kron_delta_ref, kron_linear_ref
+from kronafuse.ops.kron_linear.ref import delta_weight, kron_delta_ref, kron_linear_ref
 from kronafuse.testing.accuracy import check_group, tensors_of
 from kronafuse.testing.cases import CASES, LAYERS, ODD_CASES, Case
 from kronafuse.testing.inputs import case_inputs, generator, random
@@ -351,3 +351,36 @@ def test_past_int32(impl):
 def test_every_adapter_divides_every_layer(layer):
     """A case that is left out would be a hole in every table."""
     assert sum(name.startswith(layer + "-") for name in CASES) == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("impl", ["eager", "cpu"])
+@pytest.mark.parametrize(
+    "adapter", ["krona_64x4", "lokr_f8", "lokr_f8_r16", "lora_r16", "diffusekrona_official"]
+)
+def test_a_small_update_in_16_bits_is_rounded_with_the_sum_and_not_after_it(adapter, impl, dtype):
+    """An update of 1e-4 beside weights of 0.03: the plain chain rounds x Wᵀ, then the sum; here y is rounded once."""
+    case = CASES[f"sd15_320-{adapter}"]
+    x, layer = case_inputs(case, dtype, tokens=TOKENS, factor_dtype=torch.float32, bias=False)
+    (term,) = layer.terms
+    update = delta_weight(term._replace(scale=1.0), torch.float64)
+    scale = 1e-4 / update.std().item()
+    weight = (0.03 * random(generator(2), case.shape.n, case.shape.k)).to(dtype)
+    base, delta = x.double() @ weight.double().t(), x.double() @ update.t() * scale
+
+    def error(y):
+        return ((y.double() - base - delta).norm() / delta.norm()).item()
+
+    factors = {"a": term.a, "b": term.b, "b_down": term.b_down, "shuffled": case.shuffled}
+    ours = error(kron_linear(x, weight, scale=scale, impl=impl, **factors))
+    plain = error(torch.nn.functional.linear(x, weight) + (scale * x.float() @ update.float().t()).to(dtype))
+    once = error((base + delta).to(dtype))
+    assert ours < 1.05 * once, (ours, once, plain)
+    assert ours < 0.9 * plain, (ours, once, plain)
+    bias = (0.03 * random(generator(3), case.shape.n)).to(dtype)
+    base = base + bias.double()
+    ours = error(kron_linear(x, weight, bias=bias, scale=scale, impl=impl, **factors))
+    plain = error(
+        torch.nn.functional.linear(x, weight, bias) + (scale * x.float() @ update.float().t()).to(dtype)
+    )
+    assert ours < 0.9 * plain, (ours, plain)

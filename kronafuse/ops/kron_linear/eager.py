@@ -71,7 +71,9 @@ def linear(
     _owns_base: bool = False,
 ) -> Tensor:
     """x Wᵀ + bias + base + Σ up(inner), (M, out)."""
-    if weight is not None:
+    last = weight is not None and weight_last(x, maps)
+    y = None
+    if weight is not None and not last:
         y = torch.nn.functional.linear(x, weight, bias)
         if base is not None:
             y += base
@@ -79,15 +81,28 @@ def linear(
         y = base.clone(memory_format=torch.contiguous_format)
         if bias is not None:
             y += bias
-    else:
-        features = maps[0].left[0] * maps[0].right[0]
-        y = x.new_zeros((x.shape[0], features))
-        if bias is not None:
-            y += bias
+    elif bias is not None:
+        y = bias.expand(x.shape[0], -1).clone(memory_format=torch.contiguous_format)
     for kron, inner in zip(maps, inners, strict=True):
         assert inner is not None
-        _expand_into(y, kron, inner)
+        if y is None:
+            y = _expand(kron, inner)
+        else:
+            _expand_into(y, kron, inner)
+    assert y is not None
+    if last:
+        assert weight is not None
+        y.addmm_(x, weight.t())
     return y
+
+
+def weight_last(x: Tensor, maps: Sequence[KronMap]) -> bool:
+    """Whether the product with W is added to the terms' sum, and not that to it.
+
+    A GEMM adds what was there to its fp32 accumulators. In 16 bits a small delta is then rounded at its own size, and
+    y at its size once instead of twice.
+    """
+    return len(maps) > 0 and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def in_one_pass(
@@ -95,6 +110,27 @@ def in_one_pass(
 ) -> list[bool]:
     """None: torch's GEMMs take the first product from memory."""
     return [False] * len(maps)
+
+
+def _expand(kron: KronMap, inner: Tensor) -> Tensor:
+    """out_scale ⊙ up(inner), (M, out) contiguous."""
+    tokens, right = inner.shape[0], kron.right[0]
+    if kron.order != "b_first":
+        delta = torch.mm(inner.reshape(-1, kron.b.shape[1]), kron.b.t())
+    else:
+        assert kron.a is not None
+        if _is_small(kron.a, right, tokens):
+            delta = torch.mm(inner, _beside_identity(kron.a, right).t())
+        else:
+            delta = torch.bmm(kron.a.expand(tokens, -1, -1), inner.view(tokens, kron.left[1], right))
+    delta = delta.view(tokens, kron.left[0], right)
+    if kron.out_scale is not None:
+        delta = delta * kron.out_view(kron.out_scale.to(delta.dtype).unsqueeze(0))
+    if not kron.out_shuffled:
+        return delta.reshape(tokens, kron.left[0] * right)
+    y = delta.new_empty((tokens, kron.left[0] * right))
+    kron.out_view(y).copy_(delta)
+    return y
 
 
 def _expand_into(y: Tensor, kron: KronMap, inner: Tensor) -> None:

@@ -16,6 +16,7 @@ from ...planner import SMALL_BYTES
 from .. import scales
 from ..outputs import new_output
 from . import composed
+from .eager import weight_last
 from .maps import KronMap, first_rows, first_scale, inner_rows
 from .native_cpu_products import (
     add_by_gemm,
@@ -69,10 +70,10 @@ def linear(
     owns_base: bool = False,
 ) -> Tensor:
     """x Wᵀ + bias + base + Σ up(inner), (M, out); a base that it owns becomes the sum."""
-    y = None
+    y, last = None, weight is not None and weight_last(x, maps)
     if owns_base and base is not None:
-        y, base = base if weight is None else base.addmm_(x, weight.t()), None
-    elif weight is not None:
+        y, base = base if weight is None or last else base.addmm_(x, weight.t()), None
+    elif weight is not None and not last:
         y, bias = torch.nn.functional.linear(x, weight, bias), None
     # Terms that a kernel adds come first: with them it adds bias and base.
     tails = sorted(zip(maps, inners, strict=True), key=lambda tail: adds_by_gemm(tail[0]))
@@ -96,6 +97,9 @@ def linear(
     if y is None or bias is not None or base is not None:
         source = bias if base is None else base
         y = plus(y, x, 0 if source is None else source.shape[-1], bias, base)
+    if last:
+        assert weight is not None
+        y.addmm_(x, weight.t())
     return y
 
 

@@ -22,7 +22,9 @@ def kron_linear_group(x: Tensor, layers: Sequence[FrozenLinear], *, impl: str = 
     layers: FrozenLinears of one K: q, k and v, each with any number of terms
     impl:   "auto", "reference", "eager", "cpu", "triton" or "cuda"
 
-    Returns one (..., N) per layer, in x's dtype (under autocast in its dtype); sums in fp32 (fp64 for fp64).
+    Returns one (..., N) per layer, in x's dtype (under autocast in its dtype); sums in fp32 (fp64 for fp64). In 16 bits
+    T is rounded too. impl="eager" and "cpu" also round the sum of bias, base and deltas, at its own size, before x Wᵀ
+    is added to it in fp32; "triton" and "cuda" round y alone, except where torch's GEMM multiplies by W.
     Weight, bias and base must have x's dtype outside autocast; factors of another dtype are cast to it, and
     their gradients come in their own. Gradients of everything that asks for one; second derivatives raise.
     A scale of 0 is multiplied by: the delta is 0 where x and the factors are finite, and NaN where a NaN or an infinity
