@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from kronafuse.bench.round.run import (
 )
 from kronafuse.bench.round.table import round_table
 from kronafuse.cli.exits import reported
+from rich.console import Console
 
 PYTHON = (sys.executable, "-c")
 PARENT = """
@@ -142,6 +144,15 @@ def test_what_a_command_prints_is_read_whatever_the_terminal_can_print(tmp_path,
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     result = play([part("greek", words=lambda _folder: [(*PYTHON, "print('5 µs')")])], tmp_path / "round")
     assert (result.parts[0].status, result.parts[0].reason) == ("done", "5 µs")
+
+
+def test_what_a_command_says_is_no_markup(tmp_path):
+    result = play(
+        [part("id", words=lambda _folder: [(*PYTHON, "print('test_op[bf16] [/x]')")])], tmp_path / "r"
+    )
+    console = Console(file=io.StringIO(), width=160)
+    console.print(round_table(result))
+    assert "test_op[bf16] [/x]" in console.file.getvalue()
 
 
 def test_unspent_time_goes_to_later_parts(tmp_path):

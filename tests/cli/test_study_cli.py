@@ -173,7 +173,7 @@ def test_help_keeps_what_looks_like_markup() -> None:
 
 def test_anova_of_a_column_whose_name_is_no_file_name(tmp_path: Path) -> None:
     table = pd.read_csv(PUBLISHED).rename(columns={"clip_similarity": "eval/[/clip]"})
-    table["optim/lr"] = ["1/2", "[red]", "3|4", "None"] * 5
+    table["optim/[/lr]"] = ["1/2", "[red]", "3|4", "None"] * 5
     table.to_csv(tmp_path / "results.csv", index=False)
     result = invoke(
         "anova",
@@ -181,7 +181,7 @@ def test_anova_of_a_column_whose_name_is_no_file_name(tmp_path: Path) -> None:
         "--response",
         "eval/[/clip]",
         "--factors",
-        "optim/lr, source",
+        "optim/[/lr], source",
         "--allow-missing",
     )
     assert result.exit_code == 0, result.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from ..records import StepRow
 
@@ -22,7 +23,7 @@ def step_table(steps: Sequence[StepRow]) -> Table:
         place = (row.model, str(row.batch), row.form, row.arm)
         if row.error is not None or row.step_ms is None:
             peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
-            table.add_row(*place, "", "", "", peak, "", row.error or "not timed")
+            table.add_row(*place, "", "", "", peak, "", Text(row.error or "not timed"))
             continue
         low, high = row.step_ms.interval
         table.add_row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.table import Table
+from rich.text import Text
 
 from .records import RoundResult
 
@@ -16,5 +17,5 @@ def round_table(result: RoundResult) -> Table:
     for part in result.parts:
         exits = ", ".join("stopped" if each is None else str(each) for each in part.exit_statuses)
         skipped = f"{len(part.skipped)} not run; " if part.skipped else ""
-        table.add_row(part.part, part.status, f"{part.seconds:.0f}", exits, f"{skipped}{part.reason}")
+        table.add_row(part.part, part.status, f"{part.seconds:.0f}", exits, Text(f"{skipped}{part.reason}"))
     return table
