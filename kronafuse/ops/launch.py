@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -104,11 +105,38 @@ def launch(
         recorder.launches.append(Launch(kernel, programs, arguments, constants, warps, stages))
         return
     values = positional(kernel, arguments, constants)
-    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
-        with torch.cuda.device(device):
-            kernel[(programs,)](*values, num_warps=warps, num_stages=stages, **OPTIONS)
-    else:
-        kernel[(programs,)](*values, num_warps=warps, num_stages=stages, **OPTIONS)
+    if device.type == "cuda":
+        current = torch.cuda.current_device()
+        if device.index not in (None, current):
+            with torch.cuda.device(device):
+                bind_context(device.index)
+                kernel[(programs,)](*values, num_warps=warps, num_stages=stages, **OPTIONS)
+            return
+        bind_context(current)
+    kernel[(programs,)](*values, num_warps=warps, num_stages=stages, **OPTIONS)
+
+
+class _Bound(threading.local):
+    """The CUDA devices whose contexts `bind_context` has made current on this thread."""
+
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+
+_bound = _Bound()
+
+
+def bind_context(current: int) -> None:
+    """Make the context of the current CUDA device current on this thread too, once for each thread and device.
+
+    A thread that has called nothing of CUDA yet has a current device, 0, but no context: autograd's, for one, if a
+    backward begins with a kernel of ours. Triton encodes the tensor maps of a descriptor launch before it looks for a
+    context, and that encoding fails without one.
+    """
+    if current not in _bound.devices:
+        # It calls CUDA for the device that is current already, too, and CUDA binds the context then.
+        torch.cuda.set_device(current)
+        _bound.devices.add(current)
 
 
 def positional(kernel: Any, arguments: Mapping[str, Any], constants: Mapping[str, Any]) -> list[Any]:
