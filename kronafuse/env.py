@@ -44,6 +44,24 @@ def triton_interprets() -> bool:
     return os.environ.get(TRITON_INTERPRET, "0") == "1"
 
 
+def interpreter_problem() -> str | None:
+    """Why Triton's interpreter cannot run kernels with the installed NumPy, or None."""
+    triton, numpy = package_version("triton"), package_version("numpy")
+    if numpy is None:
+        return "Triton's interpreter needs NumPy, which is not installed"
+    if triton is not None and _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+        return (
+            f"the interpreter of Triton {triton} needs NumPy before 2.4, and {numpy} is installed "
+            "(pip install 'numpy<2.4', or Triton 3.7 or later)"
+        )
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(number) for number in version.split(".")[:2])
+
+
 @cache
 def emulates_cuda() -> bool:
     """Whether `impl="cuda"` serves CPU tensors by emulation: read once."""

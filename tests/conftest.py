@@ -16,9 +16,14 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, visibly, where there is none."""
+    """Tests marked gpu are skipped, visibly, without one, and tests of Triton if its interpreter cannot run."""
     if torch.cuda.is_available():
         return
+    from kronafuse import env  # what it imports reads the variables above
+
+    problem = env.interpreter_problem() if env.has_triton() else None
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        elif problem is not None and "triton" in item.nodeid:
+            item.add_marker(pytest.mark.skip(reason=problem))

@@ -20,6 +20,9 @@ def reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     if env.triton_interprets():
         if dtype == torch.bfloat16:
             found.append(f"Triton's interpreter ({env.TRITON_INTERPRET}=1) computes bfloat16 wrongly")
+        problem = env.interpreter_problem()
+        if problem is not None:
+            found.append(problem)
     elif device.type != "cuda":
         found.append(
             f"no CUDA device: tensors are on {device} (or set {env.TRITON_INTERPRET}=1 to interpret)"
