@@ -113,6 +113,8 @@ class Attachment(ABC):
         self._unmerged("scale")
         strength = number("Attachment", "scale", value)
         for trained in self._trained.values():
+            trained.check_strength(strength)
+        for trained in self._trained.values():
             trained.set_strength(strength)
         offloaded = [trained for trained in self._trained.values() if trained.scale.is_meta]
         if offloaded:

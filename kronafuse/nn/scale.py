@@ -24,6 +24,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from ..checks import check_number
 from ..torch_private import (
     at_end_of_backward,
     current_backward,
@@ -173,7 +174,8 @@ _BY_ADDRESS: WeakValueDictionary[int, Scale] = WeakValueDictionary()
 
 
 def _rounded(value: float) -> float:
-    """The number as fp32 holds it."""
+    """The number as fp32 holds it. Raises ValueError for one that is not finite there."""
+    check_number("adapter", "scale", value)
     return struct.unpack("f", struct.pack("f", value))[0]
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_number
 from .scale import Scale, is_capturing, scale_of_forward
 from .spec import TensorLayout
 
@@ -71,8 +72,16 @@ class TrainedTensors(nn.Module):
             self.layout.start(name, tensor)
         self._scale.set(self.layout.scale, self.scale)
 
+    def check_strength(self, strength: float) -> None:
+        """Raises ValueError unless strength · the layout's scale is finite in float32."""
+        check_number("adapter", "scale times the spec's", strength * self.layout.scale)
+
     def set_strength(self, strength: float) -> None:
-        """scale := strength · the layout's scale, for the calls that come; see `nn/scale.py` for earlier ones."""
+        """scale := strength · the layout's scale, for the calls that come; see `nn/scale.py` for earlier ones.
+
+        Raises ValueError unless that is finite in float32.
+        """
+        self.check_strength(strength)
         self._scale.set(strength * self.layout.scale, self.scale)
 
     def tensors_replaced(self) -> None:

@@ -21,7 +21,6 @@ from ..torch_private import (
     nothing_observes,
     view_alone,
 )
-
 from .flop_counting import give_formulas
 
 _NOTHING = nullcontext()

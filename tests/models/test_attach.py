@@ -320,6 +320,21 @@ def test_scale_is_a_finite_number(value, error):
     assert attachment.scale == 1.0
 
 
+def test_scales_whose_product_is_not_finite_in_float32_are_refused_as_a_whole():
+    model, inputs = build("dit")
+    attachment = attach(model, KronA((4, 2), per_target={"to_v": {"scale": 1e30}}))
+    with pytest.raises(ValueError, match=r"Attachment: scale must be a finite number of float32, from -3\.4"):
+        attachment.scale = 1e39
+    with pytest.raises(
+        ValueError, match=r"adapter: scale times the spec's must be .* of float32.*; got 1e\+40"
+    ):
+        attachment.scale = 1e10
+    assert attachment.scale == 1.0
+    assert torch.isfinite(output(model, inputs)).all()
+    with pytest.raises(ValueError, match=r"adapter: scale must be a finite number of float32"):
+        attach(build("dit")[0], LoKr(4, 2, alpha=1e20, scale=1e30))
+
+
 def test_clip_takes_the_default_targets_by_its_own_names():
     model, _ = build("clip")
     with attach(model, KRONA) as attachment:
