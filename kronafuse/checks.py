@@ -179,7 +179,7 @@ def check_scale(op: str, scale: object, x: Tensor) -> None:
         check_number(op, "scale", scale, wide)
 
 
-def check_number(op: str, name: str, value: Real, dtype: torch.dtype = torch.float32) -> float:
+def check_number(op: str, name: str, value: float | Real, dtype: torch.dtype = torch.float32) -> float:
     """The number as a float. Raises ValueError unless it is finite in this dtype."""
     try:
         number = float(value)

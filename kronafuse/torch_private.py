@@ -184,6 +184,15 @@ def end_allocation(device: int, pool: Any) -> None:
             _end_allocation(device, pool)
 
 
+def dispatch_modes() -> list[Any]:
+    """The dispatch modes that are on, such as FlopCounterMode's; none where torch does not tell."""
+    try:
+        from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+    except ImportError:
+        return []
+    return _get_current_dispatch_mode_stack()
+
+
 def graph_breaks() -> dict[str, int]:
     """Reasons for which torch.compile has broken graphs in this process, counted; empty where it does not tell."""
     try:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..torch_private import dispatch_modes
+
 COUNTER = "torch.utils.flop_counter"
 """Loads Triton, which takes a second: so a formula is given to it once something counts, and not at import."""
 _FORMULAS: dict[Any, Callable[..., int]] = {}
@@ -24,12 +26,11 @@ def give_formulas() -> None:
     if torch.compiler.is_compiling() or COUNTER not in sys.modules:
         return
     from torch.utils import flop_counter
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
     for op, flops in _FORMULAS.items():
         if op not in flop_counter.flop_registry:
             flop_counter.register_flop_formula(op, get_raw=True)(flops)
-    for mode in _get_current_dispatch_mode_stack():
+    for mode in dispatch_modes():
         counter = getattr(mode, "counter", None)
         if isinstance(counter, flop_counter.FlopCounterMode):
             for op in _FORMULAS:
