@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from functools import cache
 
 import torch
-
-from .torch_private import cuda_driver_version
 
 TRITON_INTERPRET = "TRITON_INTERPRET"
 """Environment variable under which Triton runs kernels on the CPU, one NumPy operation at a time."""
@@ -76,6 +76,15 @@ def cuda_capability(index: int) -> tuple[int, int]:
 
 @cache
 def cuda_driver() -> tuple[int, int] | None:
-    """The newest CUDA that the installed driver knows, as (13, 0); None where torch does not tell."""
-    version = cuda_driver_version()
-    return None if version is None else (version // 1000, version % 1000 // 10)
+    """The newest CUDA that the installed driver knows, as (13, 0); None without a driver.
+
+    The driver's own library is asked: torch 2.11 to 2.15 do not tell it.
+    """
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10

@@ -163,14 +163,6 @@ def at_end_of_backward(call: Callable[[], None]) -> None:
         _engine.queue_callback(call)
 
 
-_driver_version = _private("_C._cuda_getDriverVersion") if torch.version.cuda else None
-
-
-def cuda_driver_version() -> int | None:
-    """The newest CUDA that the installed driver knows, as 13000; None without CUDA, or where torch does not tell."""
-    return None if _driver_version is None else _driver_version()
-
-
 _end_allocation = _private("_C._cuda_endAllocateToPool") if torch.version.cuda else None
 
 

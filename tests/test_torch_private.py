@@ -90,6 +90,11 @@ def test_results_are_the_same_without_each_private_name():
     assert run.stdout.endswith("ok\n"), run.stdout + run.stderr
 
 
+def test_this_torch_has_every_private_name():
+    """One that no supported version has would never be used: its fallback is what runs."""
+    assert [name for name, there in torch_private.NAMES.items() if not there] == []
+
+
 def test_no_other_file_reads_a_private_name_of_torch():
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import objects
 import pytest
@@ -143,6 +144,27 @@ def test_a_driver_older_than_the_run_time_is_a_reason(monkeypatch, tmp_path, dri
             "built by CUDA 13.0.88, whose run time needs a driver of CUDA 13 or later; this one's is 12.8"
             in reason
         )
+
+
+@pytest.mark.parametrize(("status", "version"), [(0, (13, 2)), (3, None)])
+def test_the_driver_itself_is_asked_for_its_version(monkeypatch, status, version):
+    def get_version(pointer):
+        pointer._obj.value = 13020
+        return status
+
+    names = []
+    driver = SimpleNamespace(cuDriverGetVersion=get_version)
+    monkeypatch.setattr(native.env.ctypes, "CDLL", lambda name: names.append(name) or driver)
+    assert native.env.cuda_driver.__wrapped__() == version
+    assert names == ["nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"]
+
+
+def test_without_a_driver_its_version_is_unknown(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(native.env.ctypes, "CDLL", missing)
+    assert native.env.cuda_driver.__wrapped__() is None
 
 
 def test_says_how_to_build_the_emulation(monkeypatch, tmp_path):
