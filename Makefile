@@ -8,9 +8,13 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 WHEEL := $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation
 # Without a GPU to run them one instance of each CUDA kernel template says whether it compiles and what it takes.
 INSTANCES := $(if $(KRONAFUSE_CUDA_INSTANCES),$(KRONAFUSE_CUDA_INSTANCES),$(if $(shell nvidia-smi -L 2>/dev/null),all,one))
+# Another torch than the pinned one. 2.11 brings Triton 3.6, whose interpreter needs NumPy before 2.4.
+TORCH ?= 2.15.0
+OTHER_TORCH := .cache/torch-$(TORCH)
+OTHER_NUMPY := $(if $(filter 2.11.%,$(TORCH)),numpy<2.4)
 SOURCES := $(shell find csrc -type f -not -name '*.pyc')
 
-.PHONY: demo test test-full test-gpu aot native emulated check fix wheel clean
+.PHONY: demo test test-full test-torch test-gpu aot native emulated check fix wheel clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: constraints.txt pyproject.toml
@@ -46,6 +50,12 @@ test: $(VENV)/.native $(VENV)/.emulated $(AOT_TRITONS)
 test-full: $(VENV)/.native $(VENV)/.emulated $(AOT_TRITONS)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# The operators, modules, models and formats with another torch, by hand: make test-torch TORCH=2.11.0. The libraries are
+# those of the pinned one. Its environment, some 5 GB, is kept.
+test-torch: $(VENV)/.native $(VENV)/.emulated $(OTHER_TORCH)/.installed
+	$(OTHER_TORCH)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore tests/ops/test_aot.py \
+		tests/ops tests/nn tests/models tests/formats tests/test_torch_private.py
+
 # Kernels compiled for every architecture: a set of each kernel with both Tritons, all configurations with the pinned one.
 aot: $(VENV)/.installed $(AOT_TRITONS)
 	$(BIN)/python -m pytest tests/ops/test_aot.py
@@ -78,6 +88,14 @@ wheel: $(VENV)/.installed
 $(TRITON_LOWEST)/.installed: | $(VENV)/.installed
 	rm -rf $(TRITON_LOWEST)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON_LOWEST) triton==3.6.0
+	touch $@
+
+# The pinned versions of what these tests import; what torch itself brings or forbids is not pinned.
+$(OTHER_TORCH)/.installed: constraints.txt
+	test -x $(OTHER_TORCH)/bin/python || $(PYTHON) -m venv $(OTHER_TORCH)
+	grep -vE '^(torch|triton|setuptools$(if $(OTHER_NUMPY),|numpy))==' constraints.txt > $(OTHER_TORCH)/constraints.txt
+	$(OTHER_TORCH)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OTHER_TORCH)/constraints.txt \
+		'torch==$(TORCH)' '$(or $(OTHER_NUMPY),numpy)' safetensors accelerate diffusers peft transformers pytest pytest-xdist
 	touch $@
 
 clean:
