@@ -19,7 +19,7 @@ def profiled(step: Callable[[], object], device: torch.device) -> tuple[dict[str
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
         torch.cuda.synchronize(device)
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:  # without, torch 2.11 warns
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
