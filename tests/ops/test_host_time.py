@@ -132,8 +132,7 @@ def test_a_function_mode_and_the_profiler_see_the_ops(problem, seen):
     with _Functions():
         function(x, factors)
     assert seen == ops[:1]
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, acc_events=True) as profile:  # torch 2.11 warns without
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         gradients(function, x, factors)
     events = {event.key for event in profile.key_averages()}
     assert {f"kronafuse::{name}" for name in ops} <= events
