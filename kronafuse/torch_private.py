@@ -8,7 +8,7 @@ Nothing else in the package reads a private name.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
@@ -130,7 +130,9 @@ def view_alone(tensor: Tensor, size: tuple[int, ...]) -> Tensor:
 _current_node = _private("_C._current_autograd_node")
 _next_number = _private("_C._autograd._get_sequence_nr")
 _current_backward = _private("_C._current_graph_task_id")
-_engine = _private("autograd.Variable._execution_engine")
+_python_node = _private("autograd.function.BackwardCFunction.apply")
+KNOWS_BACKWARD = None not in (_current_node, _current_backward, _python_node)
+"""Whether this torch tells which backward is under way."""
 
 
 def current_node() -> Any | None:
@@ -157,10 +159,52 @@ def current_backward() -> int:
     return -1 if _current_backward is None else _current_backward()
 
 
-def at_end_of_backward(call: Callable[[], None]) -> None:
-    """Call this when the innermost backward under way on this thread has ended without an error."""
-    if _engine is not None:
-        _engine.queue_callback(call)
+def outermost_node(node: Any) -> Any:
+    """The node that the outermost backward under way on this thread executes; `node`, the innermost one's, by itself.
+
+    A re-entrant checkpoint starts a backward inside the one that runs it. Every node that is implemented in Python, as
+    its node is, is called by one function of torch's, in whose frame it is `self`.
+    """
+    if _python_node is None:
+        return node
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _python_node.__code__:
+            node = frame.f_locals["self"]
+        frame = frame.f_back
+    return node
+
+
+_module = "nn.modules.module"
+_GLOBAL_HOOKS = tuple(
+    _private(f"{_module}.{name}")
+    for name in (
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
+    )
+)
+_WATCHERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
+"""Modules of torch's trackers, by whose hooks FlopCounterMode and its like know which module is running."""
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks that may change what a call does are registered on all modules of the process.
+
+    Those of torch's own trackers only watch: with them the same path runs as without, and is what they measure. True
+    where torch does not tell.
+    """
+    if None in _GLOBAL_HOOKS:
+        return True
+    return any(_GLOBAL_HOOKS) and not all(
+        _only_watches(hook) for hooks in _GLOBAL_HOOKS for hook in hooks.values()
+    )
+
+
+def _only_watches(hook: object) -> bool:
+    """Whether the hook is a method of one of torch's trackers."""
+    return any(kind.__module__ in _WATCHERS for kind in type(getattr(hook, "__self__", None)).__mro__)
 
 
 _end_allocation = _private("_C._cuda_endAllocateToPool") if torch.version.cuda else None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..formats.adapter_file import AdapterFile
 from ..nn.fields import number
+from ..nn.scale import in_float32
 from ..nn.sharding import gathered, sharded_like
 from ..nn.spec import Spec
 from ..nn.trained import TrainedTensors
@@ -105,7 +106,21 @@ class Attachment(ABC):
         the value at each replay. Setting raises TypeError for what is no number, ValueError for NaN, infinity and
         numbers beyond float32, RuntimeError while a delta is merged.
         """
+        self._scale = self._strength()
         return self._scale
+
+    def _strength(self) -> float:
+        """The scale that the modules have, which the model's own load_state_dict may have changed."""
+        strength = self._scale
+        found = [(trained.scale_value, trained.layout.scale) for trained in self._trained.values()]
+        if any(value != in_float32(strength * own) for value, own in found):
+            strength = next((value / own for value, own in found if own), strength)
+            if any(value != in_float32(strength * own) for value, own in found):
+                raise RuntimeError(
+                    "Attachment: the scales of its layers are not one number times the spec's, since something else"
+                    " has written them; set scale"
+                )
+        return strength
 
     @scale.setter
     def scale(self, value: float) -> None:
@@ -114,13 +129,15 @@ class Attachment(ABC):
         strength = number("Attachment", "scale", value)
         for trained in self._trained.values():
             trained.check_strength(strength)
-        for trained in self._trained.values():
-            trained.set_strength(strength)
         offloaded = [trained for trained in self._trained.values() if trained.scale.is_meta]
+        writers = []
         if offloaded:
             stores = self._stores("scale")
-            for trained in offloaded:
-                stores.write_scale(trained)
+            writers = [stores.scale_writer(trained) for trained in offloaded]
+        for trained in self._trained.values():
+            trained.set_strength(strength)
+        for trained, write in zip(offloaded, writers, strict=True):
+            write(torch.tensor(trained.scale_value))
         self._scale = strength
 
     @abstractmethod
@@ -164,7 +181,7 @@ class Attachment(ABC):
             raise RuntimeError(
                 f"adapter_file: {len(on_meta)} tensors are on meta and have no values, the first {on_meta[0]}"
             )
-        return AdapterFile(self._spec_of(tensors), self.modules, self._scale, tensors)
+        return AdapterFile(self._spec_of(tensors), self.modules, self.scale, tensors)
 
     def _spec_of(self, tensors: Mapping[str, Tensor]) -> Spec:
         """The spec with the dtype that the tensors have; as it is where they differ."""

@@ -64,11 +64,15 @@ class Stores:
             )
         return keeper.writer(f"{self._op}: {place}.{name}", name)
 
-    def write_scale(self, trained: TrainedTensors) -> None:
-        """Put the adapter's scale into the store that a call takes the buffer from, if there is one."""
-        keeper = self._keepers.get(id(trained)) if trained.scale.is_meta else None
-        if keeper is not None and keeper.has(trained.SCALE):
-            keeper.writer(f"{self._op}: {trained.SCALE}", trained.SCALE)(torch.tensor(trained.scale_value))
+    def scale_writer(self, trained: TrainedTensors) -> Callable[[Tensor], None]:
+        """What writes the adapter's scale into the store that a call takes the buffer from, if there is one.
+
+        Raises RuntimeError where that store cannot be written.
+        """
+        keeper = self._keepers.get(id(trained))
+        if keeper is None or not keeper.has(trained.SCALE):
+            return lambda value: None
+        return keeper.writer(f"{self._op}: {trained.SCALE}", trained.SCALE)
 
     def _whole(self, place: str, trained: TrainedTensors, name: str) -> Tensor:
         tensor = trained.get_parameter(name)

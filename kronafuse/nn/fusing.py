@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from ..ops.calls import compute_dtype
+from ..torch_private import has_global_hooks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Of weights that the kernels read."""
@@ -27,29 +27,6 @@ def has_hooks(module: nn.Module) -> bool:
         or attributes["_backward_pre_hooks"]
         or "forward" in attributes
     )
-
-
-_WATCHERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
-"""Modules of torch's trackers, by whose hooks FlopCounterMode and its like know which module is running."""
-
-
-def has_global_hooks() -> bool:
-    """Whether hooks that may change what a call does are registered on all modules of the process.
-
-    Those of torch's own trackers only watch: with them the same path runs as without, and is what they measure.
-    """
-    hooks = (
-        torch_module._global_forward_hooks,
-        torch_module._global_forward_pre_hooks,
-        torch_module._global_backward_hooks,
-        torch_module._global_backward_pre_hooks,
-    )
-    return any(hooks) and not all(_only_watches(hook) for each in hooks for hook in each.values())
-
-
-def _only_watches(hook: object) -> bool:
-    """Whether the hook is a method of one of torch's trackers."""
-    return any(kind.__module__ in _WATCHERS for kind in type(getattr(hook, "__self__", None)).__mro__)
 
 
 def module_reason(base: nn.Module) -> str | None:

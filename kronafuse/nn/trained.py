@@ -20,8 +20,9 @@ class TrainedTensors(nn.Module):
     device: where they are made; "meta" works
 
     The scale is held as a number and in the 0-d fp32 buffer named SCALE, which is saved with a model's state_dict.
-    `set_strength` and `load_state_dict` change both; a value written into the buffer by other means is not seen by
-    eager calls. The modules are none of those that diffusers' layerwise casting stores in fp8, so that the tensors
+    `set_strength` and `load_state_dict` change both; a value that something else writes into the buffer in place, as
+    DistributedDataParallel does, counts from the next call on. The modules are none of those that diffusers'
+    layerwise casting stores in fp8, so that the tensors
     stay in their own dtype.
     """
 
@@ -44,7 +45,14 @@ class TrainedTensors(nn.Module):
     @property
     def scale_value(self) -> float:
         """The same as a number, also while the buffer is on meta."""
+        self._read_buffer()
         return self._scale.value
+
+    def _read_buffer(self) -> None:
+        """Take over what something else has written into the buffer."""
+        buffer = self._scale.buffer
+        if not buffer.is_meta and self._scale.written_by_others():
+            self._scale.set(float(buffer), buffer)
 
     def scale_of_call(self) -> float | Tensor:
         """What multiplies the delta in the call being made: a number, or a tensor where a graph is being recorded.
@@ -58,10 +66,19 @@ class TrainedTensors(nn.Module):
             # Only training differentiates or repeats a forward; elsewhere the buffer itself costs nothing.
             repeats = (torch.is_grad_enabled() or self.training) and not buffer.requires_grad
             return scale_of_forward(buffer) if repeats else buffer
-        if buffer is not self._scale.buffer or is_capturing(buffer):
-            return (
-                buffer.clone()
-            )  # put there by torch.func.functional_call, or by a library that places tensors
+        if is_capturing(buffer):
+            return buffer.clone()
+        if buffer is not self._scale.buffer:
+            # Put there by torch.func.functional_call, or by a library that places tensors.
+            if not self._scale.is_of_now():
+                raise RuntimeError(
+                    "adapter scale: it was set between a checkpointed forward and its backward, and another library has"
+                    f" since replaced the buffer {self.SCALE} that a repeated forward reads; run backward first"
+                )
+            return buffer.clone()
+        if buffer.is_cuda and self._scale.written_by_others():
+            return buffer.clone()  # to read a number here would wait for the GPU
+        self._read_buffer()
         return self._scale.of_this_call()
 
     @torch.no_grad()
@@ -97,12 +114,25 @@ class TrainedTensors(nn.Module):
         return self
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        given = state_dict.get(prefix + self.SCALE)
+        if isinstance(given, Tensor) and not given.is_meta and not torch.isfinite(given).all():
+            error_msgs.append(f"{prefix}{self.SCALE} must be a finite number; got {given}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self.tensors_replaced()
         buffer = self.scale
-        if prefix + self.SCALE in state_dict and not buffer.is_meta:
+        if given is not None and not buffer.is_meta:
             self._scale.set(float(buffer), buffer)
 
     def extra_repr(self) -> str:

@@ -335,6 +335,21 @@ def test_scales_whose_product_is_not_finite_in_float32_are_refused_as_a_whole():
         attach(build("dit")[0], LoKr(4, 2, alpha=1e20, scale=1e30))
 
 
+def test_a_scale_that_the_models_state_dict_brings_is_the_attachments():
+    model, inputs = build("dit")
+    attachment = attach(model, KRONA)
+    randomize(attachment)
+    attachment.scale = 0.25
+    other, _ = build("dit")
+    loaded = attach(other, KRONA)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(output(other, inputs), output(model, inputs))
+    assert loaded.scale == loaded.adapter_file().scale == 0.25
+    next(iter(loaded._trained.values())).set_strength(2.0)
+    with pytest.raises(RuntimeError, match=r"Attachment: the scales of its layers are not one number"):
+        loaded.adapter_file()
+
+
 def test_clip_takes_the_default_targets_by_its_own_names():
     model, _ = build("clip")
     with attach(model, KRONA) as attachment:

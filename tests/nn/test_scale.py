@@ -208,26 +208,165 @@ def test_tensors_loaded_between_a_checkpointed_forward_and_its_backward_raise():
     gradients(net, lambda x: checkpoint(net, x, use_reentrant=False), lambda: None)
 
 
-def test_a_scale_set_on_another_thread_than_the_one_that_calls_raises():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_threads_that_make_it_impossible_to_tell_raise(reentrant):
     net = Net()
+
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(net, x, use_reentrant=reentrant)
+
+    expected = gradients(net, net, lambda: None)
     with ThreadPoolExecutor(1) as other:
-        for reentrant in (False, True):
-            with pytest.raises(RuntimeError, match=r"adapter scale: .* on another thread"):
-                gradients(
-                    net,
-                    lambda x, how=reentrant: checkpoint(net, x, use_reentrant=how),
-                    lambda: other.submit(net.set, 0.5).result(),
-                )
-        # Set on one thread, trained on another: what was set before the forward counts.
+
+        def preview() -> None:
+            net.set(0.5)
+            other.submit(net, net.x).result()
+
+        for between in (lambda: other.submit(net.set, 0.5).result(), preview):
+            with pytest.raises(RuntimeError, match=r"adapter scale: several threads have set it"):
+                gradients(net, run, between)
+    # The thread is gone; what is called and set on one is told apart again.
+    assert_same(gradients(net, run, lambda: net.set(0.5)), expected)
+
+
+def test_set_on_one_thread_and_trained_on_another():
+    net = Net()
+    expected = gradients(net, net, lambda: None)
+    with torch.no_grad():
+        net(net.x)
+    net.set(0.5)
+    with ThreadPoolExecutor(1) as other:
+
+        def train() -> list[Tensor]:
+            return gradients(net, lambda x: checkpoint(net, x, use_reentrant=False), lambda: net.set(0.25))
+
+        assert_same(other.submit(train).result(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_that_fails_leaves_nothing_behind(reentrant):
+    net = Net()
+    expected = gradients(net, net, lambda: None)
+
+    def fail(_gradient: Tensor) -> None:
+        raise ValueError("stop")
+
+    net.set(-1.0)
+    x = net.x.clone().requires_grad_()
+    x.register_hook(fail)
+    failing = checkpoint(in_two(net, reentrant), x, use_reentrant=reentrant)
+
+    def between() -> None:
         net.set(0.5)
-        expected = net(net.x)
+        with pytest.raises(ValueError, match="stop"):
+            failing.sum().backward()
+        net.zero_grad()
+
+    found = gradients(net, lambda x: checkpoint(net, x, use_reentrant=reentrant), between)
+    assert_same(found, expected)
+
+
+def with_reference(net: Net) -> Callable[[Tensor], Tensor]:
+    """A difference to the same without the adapters, made by what is checkpointed itself."""
+
+    def run(x: Tensor) -> Tensor:
+        y = net(x)
+        net.set(0.0)
+        reference = net(x)
         net.set(1.0)
-        torch.testing.assert_close(other.submit(net, net.x).result(), net(net.x))
+        return y - reference + net(x).square()
+
+    return run
+
+
+def set_first(net: Net) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        net.set(2.0)
+        y = net(x)
+        net.set(-2.0)
+        return 3 * y + net(x).square()
+
+    return run
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("inside", [with_reference, set_first])
+def test_a_scale_set_inside_what_is_checkpointed_counts_there_again(inside, reentrant):
+    net = Net()
+    run = inside(net)
+
+    def twice(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        y = run(x)
+        net.set(1.0)
+        return y + run(torch.sin(x))
+
+    expected = gradients(net, lambda x: twice(x, run), lambda: None)
+    found = gradients(
+        net,
+        lambda x: twice(x, lambda x: checkpoint(run, x, use_reentrant=reentrant)),
+        lambda: net.set(0.1),
+    )
+    assert_same(found, expected)
+
+
+def test_a_call_before_the_first_change_inside_what_is_checkpointed_raises_where_it_cannot_be_told():
+    net = Net()
+
+    def run(x: Tensor) -> Tensor:
+        y = net(x)
         net.set(0.5)
-        run = other.submit(lambda: checkpoint(net, net.x.clone().requires_grad_(), use_reentrant=False))
-        y = run.result()
-        torch.testing.assert_close(y, expected)
-        other.submit(lambda: y.sum().backward()).result()
+        return y + net(x)
+
+    expected = gradients(net, run, lambda: None)
+    assert_same(gradients(net, lambda x: checkpoint(run, x, use_reentrant=True), lambda: None), expected)
+    with pytest.raises(
+        RuntimeError, match=r"adapter scale: it was set inside what gradient checkpointing repeats"
+    ):
+        gradients(net, lambda x: checkpoint(run, x, use_reentrant=False), lambda: None)
+
+
+def test_a_compiled_step_may_set_the_scale():
+    torch._dynamo.reset()
+    net = Net()
+
+    def step(x: Tensor) -> Tensor:
+        net.set(0.0)
+        with torch.no_grad():
+            reference = net(x)
+        net.set(1.0)
+        return (net(x) - reference).square().mean()
+
+    expected = step(net.x)
+    expected.backward()
+    gradient = net.first.trained.lokr_a.grad.clone()
+    net.zero_grad()
+    found = torch.compile(step, backend="aot_eager")(net.x)
+    found.backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(net.first.trained.lokr_a.grad, gradient)
+
+
+def test_a_value_that_something_else_writes_into_the_buffer_counts():
+    """DistributedDataParallel copies the first process's buffers into those of the others."""
+    net, other = Net(), Net()
+    net.set(0.25)
+    for each in (other.first, other.second):
+        with torch.no_grad():
+            each.trained.scale.copy_(torch.tensor(0.25))
+    torch.testing.assert_close(other(net.x), net(net.x))
+    assert other.first.trained.scale_value == 0.25
+
+
+def test_a_state_dict_with_a_scale_that_is_no_number_is_refused():
+    net = Net()
+    state = {name: torch.full_like(each, torch.nan) if each.dim() == 0 else 2 * each
+             for name, each in net.state_dict().items()}  # fmt: skip
+    kept = net.first.trained.lokr_a.clone()
+    with pytest.raises(RuntimeError, match=r"first\..*lokr_scale must be a finite number; got nan"):
+        net.load_state_dict(state)
+    assert torch.equal(net.first.trained.lokr_a, kept)
+    assert net.first.trained.scale.item() == net.first.trained.scale_value == 1.0
 
 
 def test_more_changes_than_are_remembered_raise(monkeypatch):
