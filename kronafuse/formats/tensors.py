@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,10 +61,15 @@ def save_tensors(
     kept = {name: whole(tensor) for name, tensor in tensors.items()}
     records = {name: _record(tensor) for name, tensor in kept.items()}
     with written_beside(path) as beside:
+        beside.touch()
+        mode = stat.S_IMODE(
+            beside.stat().st_mode
+        )  # as the user's umask has it; safetensors makes files private
         try:
             serialize_file(records, os.fspath(beside), None if metadata is None else dict(metadata))
         except SafetensorError as error:
             raise OSError(errno.EIO, f"cannot write the tensors: {error}", str(path)) from error
+        beside.chmod(mode)
         try:
             _read_header(beside)
         except ValueError as error:

@@ -19,6 +19,8 @@ def number(owner: str, name: str, value: Any) -> float:
 
     Kernels apply scales in float32, so 1e39 would be an infinity there.
     """
+    if getattr(value, "is_meta", False):
+        raise TypeError(f"{owner}: {name} must be a finite number; got a tensor on meta, which has no value")
     converted = plain(value)
     if isinstance(converted, bool) or not isinstance(converted, Real):
         raise TypeError(f"{owner}: {name} must be a finite number; got {value!r}")

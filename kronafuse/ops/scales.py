@@ -1,4 +1,4 @@
-"""A caller's scale beside torch's GEMMs, which must never get it as alpha or beta when it is 0.
+"""A caller's scale and torch's GEMMs, which must never get it as alpha or beta when it is 0 to them.
 
 With alpha = 0 torch neither reads the operands, so that a NaN in them is lost, nor writes every 16-bit result of a
 batched product on a CPU. A scale of 0 therefore multiplies the smaller operand first. The product that follows is 0
@@ -14,6 +14,8 @@ from .calls import as_dtype
 
 SMALLEST = 2.0**-150
 """The largest number that rounds to 0 in float32, in which every scale is applied except beside float64."""
+NORMAL = 2.0**-126
+"""Smaller numbers of float32 are 0 to a GEMM where the processor flushes them (torch.set_flush_denormal)."""
 
 
 def on_host(scale: float | Tensor, dtype: torch.dtype) -> float | Tensor:
@@ -39,7 +41,9 @@ def split(factor: Tensor, scale: float | Tensor) -> tuple[Tensor, float, Tensor 
     number = on_host(scale, factor.dtype)
     if isinstance(number, Tensor):
         return factor * (number != 0), 1.0, number
-    return (factor * number, 1.0, None) if number == 0 else (factor, number, None)
+    if abs(number) < NORMAL and (number == 0 or factor.dtype != torch.float64):
+        return factor * number, 1.0, None
+    return factor, number, None
 
 
 def product(left: Tensor, right: Tensor, scale: float | Tensor) -> Tensor:

@@ -545,8 +545,8 @@ RECORDS = {
     ),
     "sparse": (
         lambda tensors: tensors.update({A: tensors[A].to_sparse()}),
-        ValueError,
-        "must be a dense tensor; got tor",
+        TypeError,
+        r"must be a dense tensor \(layout torch.strided\); got layout torch.sparse_coo",
     ),
     "no tensor": (lambda tensors: tensors.update({A: [1.0]}), TypeError, "lokr_a must be a tensor; got list"),
     "integers": (
@@ -611,3 +611,13 @@ def test_a_record_made_by_hand_is_checked(tmp_path):
         ValueError, match=r"1 of another shape: blocks\.0\.to_q\.lokr_a is \(2, 2\), expected \(8, 4\)"
     ):
         attach(Net(), AdapterFile(file.spec, file.modules, 1.0, tensors))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_saved_file_has_the_permissions_that_the_umask_gives(tmp_path):
+    before = os.umask(0o022)
+    try:
+        formats.save(tmp_path / "a.safetensors", adapted()[1])
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644

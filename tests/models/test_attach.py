@@ -310,7 +310,13 @@ def test_load_state_dict_takes_finite_floating_tensors_only(change, error, text)
 
 @pytest.mark.parametrize(
     ("value", "error"),
-    [(float("nan"), ValueError), (float("inf"), ValueError), (None, TypeError), ("1", TypeError)],
+    [
+        (float("nan"), ValueError),
+        (float("inf"), ValueError),
+        (None, TypeError),
+        ("1", TypeError),
+        (torch.empty((), device="meta"), TypeError),
+    ],
 )
 def test_scale_is_a_finite_number(value, error):
     model, _ = build("dit")

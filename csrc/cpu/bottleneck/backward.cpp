@@ -79,7 +79,7 @@ struct Backward {
   explicit Backward(const BackwardCall& given) : call(given), compute(given.pre.dtype) {
     tokens = call.dy.size[0], width = call.down.size[0], features = call.up.size[0], inner = call.down.size[1];
     scale = scale_of(call.scale_number, call.scale);
-    unscaled = call.dscale.has_value() || scale == 0.0;
+    unscaled = call.dscale.has_value() || vanishes(scale);
     const auto is_read = [&](const View& view) { return view.dtype == compute && is_gemm_ready(view); };
     const bool copies = !is_read(call.dy) || (call.ddown && !is_read(*call.x));
     chunk = std::max<int64_t>(1, tokens);

@@ -1,6 +1,8 @@
 // The passes over rows as launchers call them: on views, in threads.
 #pragma once
 
+#include <cmath>
+#include <limits>
 #include <optional>
 
 #include "common/view.h"
@@ -31,7 +33,9 @@ double scale_of(double number, const std::optional<View>& tensor);
 struct SplitScale {
   double of_operand, of_product;
 };
-inline SplitScale split(double scale) { return scale == 0.0 ? SplitScale{scale, 1.0} : SplitScale{1.0, scale}; }
+// Numbers below float's normal ones are 0 to a GEMM where the processor flushes them.
+inline bool vanishes(double scale) { return std::abs(scale) < std::numeric_limits<float>::min(); }
+inline SplitScale split(double scale) { return vanishes(scale) ? SplitScale{scale, 1.0} : SplitScale{1.0, scale}; }
 
 // The view itself where a GEMM in `compute` reads it and gain is 1, else a copy of gain · view in `scratch`, which is
 // made for `rows` rows at once.

@@ -77,7 +77,7 @@ def linear(
         y = torch.nn.functional.linear(x, weight, bias)
         if base is not None:
             y += base
-    elif base is not None:
+    elif base is not None and not last:
         y = base.clone(memory_format=torch.contiguous_format)
         if bias is not None:
             y += bias
@@ -93,6 +93,8 @@ def linear(
     if last:
         assert weight is not None
         y.addmm_(x, weight.t())
+        if base is not None:
+            y += base
     return y
 
 
@@ -100,7 +102,7 @@ def weight_last(x: Tensor, maps: Sequence[KronMap]) -> bool:
     """Whether the product with W is added to the terms' sum, and not that to it.
 
     A GEMM adds what was there to its fp32 accumulators. In 16 bits a small delta is then rounded at its own size, and
-    y at its size once instead of twice.
+    its sum with bias and x Wᵀ once instead of twice. A base comes after that, as the plain chain adds it.
     """
     return len(maps) > 0 and x.dtype in (torch.float16, torch.bfloat16)
 

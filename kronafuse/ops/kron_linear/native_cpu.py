@@ -71,6 +71,9 @@ def linear(
 ) -> Tensor:
     """x Wᵀ + bias + base + Σ up(inner), (M, out); a base that it owns becomes the sum."""
     y, last = None, weight is not None and weight_last(x, maps)
+    after = None
+    if last and not owns_base:
+        base, after = None, base
     if owns_base and base is not None:
         y, base = base if weight is None or last else base.addmm_(x, weight.t()), None
     elif weight is not None and not last:
@@ -100,7 +103,7 @@ def linear(
     if last:
         assert weight is not None
         y.addmm_(x, weight.t())
-    return y
+    return y if after is None else plus(y, x, y.shape[1], None, after)
 
 
 def in_one_pass(
