@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,15 +32,10 @@ def _private(path: str) -> Any:
 
 
 # What could see a difference between a registered op and its kernel. Public calls do not tell which modes are on.
-_OBSERVERS = tuple(
-    _private(path)
-    for path in (
-        "_C._len_torch_dispatch_stack",
-        "_C._len_torch_function_stack",
-        "_C._are_functorch_transforms_active",
-        "_C._get_tracing_state",
-    )
-)
+_dispatch_modes = _private("_C._len_torch_dispatch_stack")
+_function_modes = _private("_C._len_torch_function_stack")
+_transforms = _private("_C._are_functorch_transforms_active")
+_tracing = _private("_C._get_tracing_state")
 _below_autograd = _private("_C._AutoDispatchBelowAutograd")
 _is_gradtracking = _private("_C._functorch.is_gradtrackingtensor")
 _is_legacy_batched = _private("_C._functorch.is_legacy_batchedtensor")
@@ -50,42 +47,48 @@ _BYPASS = all(NAMES.values())
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def nothing_observes() -> bool:
-    """Whether no tracer, transform, dispatch or function mode or profiler is on; False where that is not known."""
-    if not _BYPASS or torch.compiler.is_compiling():
-        return False
-    dispatch_modes, function_modes, transforms, tracing = _OBSERVERS
-    return not (
-        dispatch_modes()
-        or function_modes()
-        or transforms()
-        or tracing()
-        or torch.autograd.profiler._is_profiler_enabled
-    )
+def is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing could tell a registered op's kernel from the op: then the dispatcher may be left out.
 
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor's memory holds its values as they are: what the dispatcher would do nothing about.
-
-    To be asked only where `nothing_observes()`.
+    The op is called under torch.compile, export, a tracer, a transform of torch.func, a dispatch or function mode or
+    the profiler, and for subclasses of tensors, meta tensors, those of a batched backward and views that stand for
+    negated values or for zeros; and where one of these is not known. Observers that set no state in Python (execution
+    traces, Kineto on demand) do not see it.
     """
-    return not (
-        type(tensor) not in _PLAIN
-        or tensor.is_meta
-        or tensor.is_neg()
-        or _is_zero(tensor)
-        or _is_legacy_batched(tensor)
-    )
+    if (
+        not _BYPASS
+        or torch.compiler.is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforms()
+        or _tracing()
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if (
+            type(tensor) not in _PLAIN
+            or tensor.is_meta
+            or tensor.is_neg()
+            or _is_zero(tensor)
+            or _is_legacy_batched(tensor)
+        ):
+            return False
+    return True
 
 
-def below_autograd() -> AbstractContextManager[object]:
-    """Inside, calls of torch record nothing for autograd. To be used only where `nothing_observes()`."""
-    return _below_autograd()
+below_autograd: Callable[[], AbstractContextManager[object]] = _below_autograd or torch.no_grad
+"""Inside, calls of torch record nothing for autograd. To be used only where `is_unobserved`."""
 
 
-def may_be_differentiated(tensor: Tensor) -> bool:
-    """Whether a transform of torch.func differentiates the tensor, with gradients off too; True where unknown."""
-    return _is_gradtracking is None or _is_gradtracking(tensor)
+def _unknown(*_asked: object) -> bool:
+    return True
+
+
+may_be_differentiated: Callable[[Tensor], bool] = _is_gradtracking or _unknown
+"""Whether a transform of torch.func differentiates the tensor, with gradients off too; True where unknown."""
 
 
 _private("autograd.forward_ad._current_level")  # a number, read anew at each call
@@ -98,32 +101,19 @@ def in_forward_mode() -> bool:
 
 def is_traced() -> bool:
     """Whether torch.jit.trace records what is called, asked without its wrapper in Python where that goes."""
-    tracing = _OBSERVERS[-1]
-    return torch.jit.is_tracing() if tracing is None else tracing() is not None  # pyright: ignore[reportPrivateImportUsage]
+    return torch.jit.is_tracing() if _tracing is None else _tracing() is not None  # pyright: ignore[reportPrivateImportUsage]
 
 
-_any_autocast = _private("_C._is_any_autocast_enabled")
-
-
-def may_autocast() -> bool:
-    """False where autocast is off for every kind of device: one question instead of one for each."""
-    return _any_autocast is None or _any_autocast()
+may_autocast: Callable[[], bool] = _private("_C._is_any_autocast_enabled") or _unknown
+"""False where autocast is off for every kind of device: one question instead of one for each."""
 
 
 _ExcludeKeys = _private("_C._ExcludeDispatchKeyGuard")
 _KeySet, _key = _private("_C.DispatchKeySet"), _private("_C.DispatchKey.ADInplaceOrView")
-_VIEWS = None if _KeySet is None or _key is None else _KeySet(_key)
-
-
-def view_alone(tensor: Tensor, size: tuple[int, ...]) -> Tensor:
-    """A tensor that nothing else refers to, in another size; no view to autograd, a copy where that takes one.
-
-    Autograd forbids changing in place, as y += 1, what a Function returns as a view.
-    """
-    if _ExcludeKeys is None or _VIEWS is None:
-        return tensor.view(size).clone()
-    with _ExcludeKeys(_VIEWS):
-        return tensor.view(size)
+without_views: Callable[[], AbstractContextManager[object]] | None = None
+"""Inside, a view is none to autograd, which forbids changing in place, as y += 1, what a Function returns as a view."""
+if not (_ExcludeKeys is None or _KeySet is None or _key is None):
+    without_views = partial(_ExcludeKeys, _KeySet(_key))
 
 
 # Which backward is under way on this thread. No public name tells it, and gradient checkpointing does not either.

@@ -14,12 +14,11 @@ from torch import Tensor
 from ..torch_private import (
     below_autograd,
     in_forward_mode,
-    is_plain,
     is_traced,
+    is_unobserved,
     may_autocast,
     may_be_differentiated,
-    nothing_observes,
-    view_alone,
+    without_views,
 )
 from .flop_counting import give_formulas
 
@@ -64,7 +63,10 @@ def flat_tokens(tensor: Tensor) -> Tensor:
 
 def unflat_tokens(y: Tensor, tokens: Sequence[int]) -> Tensor:
     """(M, N), which nothing else refers to, as (*tokens, N)."""
-    return view_alone(y, (*tokens, y.shape[-1]))
+    if without_views is None:
+        return y.view(*tokens, y.shape[-1]).clone()
+    with without_views():
+        return y.view(*tokens, y.shape[-1])
 
 
 def any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
@@ -87,17 +89,6 @@ def runs_directly(tensors: Sequence[Tensor | None]) -> bool:
     return not in_forward_mode() and not any(
         each is not None and may_be_differentiated(each) for each in tensors
     )
-
-
-def is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether nothing could tell a registered op's kernel from the op: then the dispatcher may be left out.
-
-    The op is called under torch.compile, export, a tracer, a transform of torch.func, a dispatch or function mode or
-    the profiler, and for subclasses of tensors, meta tensors, those of a batched backward and views that stand for
-    negated values or for zeros. Observers that set no state in Python (execution traces, Kineto on demand) do not see
-    it.
-    """
-    return nothing_observes() and all(each is None or is_plain(each) for each in tensors)
 
 
 def run_op(
