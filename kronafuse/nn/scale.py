@@ -57,15 +57,17 @@ class _Calls:
     later:    of nodes from the last end on, if not the value of now: the thread has not called since it was changed
     lost:     nodes below this number are from before what is remembered
     replaced: nodes below this number are from before the tensors were overwritten
+    records:  whether the thread has made nodes by now, so that a call of its own may be repeated
     """
 
-    __slots__ = ("ends", "later", "lost", "replaced", "values")
+    __slots__ = ("ends", "later", "lost", "records", "replaced", "values")
 
     def __init__(self) -> None:
         self.ends: list[int] = []
         self.values: list[float | _Unknown] = []
         self.later: float | _Unknown | None = None
         self.lost = self.replaced = 0
+        self.records = False
 
     def end(self, number: int, value: float | _Unknown) -> None:
         """Calls up to this number used the value."""
@@ -181,6 +183,8 @@ class Scale:
             self._token, self._calls = token, self._threads.setdefault(token, _Calls())
         if self._calls.later is not None:
             self._end_later()
+        if not self._calls.records:
+            self._calls.records = torch.is_grad_enabled() or sequence_number() > 0
         return self.value
 
     def is_of_now(self) -> bool:
@@ -194,6 +198,8 @@ class Scale:
             return self.value
         found: set[Any] = set()
         for calls in self._threads.values():
+            if not calls.records:
+                continue  # it has called without gradients only, as for a validation
             if number < calls.lost:
                 raise RuntimeError(
                     f"adapter scale: it was set more than {REMEMBERED} times between a checkpointed forward and its"
@@ -227,7 +233,7 @@ class Scale:
             before
             for calls in self._threads.values()
             for end, before, after in zip(
-                calls.ends, calls.values, [*calls.values[1:], self.value], strict=True
+                calls.ends, calls.values, [*calls.values, self.value][1:], strict=True
             )
             if end <= number and after == value
         }

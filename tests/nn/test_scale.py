@@ -229,18 +229,23 @@ def test_threads_that_make_it_impossible_to_tell_raise(reentrant):
     assert_same(gradients(net, run, lambda: net.set(0.5)), expected)
 
 
-def test_set_on_one_thread_and_trained_on_another():
+def test_one_thread_validates_without_gradients_and_another_trains():
     net = Net()
     expected = gradients(net, net, lambda: None)
-    with torch.no_grad():
-        net(net.x)
-    net.set(0.5)
-    with ThreadPoolExecutor(1) as other:
+    net = Net()
 
-        def train() -> list[Tensor]:
-            return gradients(net, lambda x: checkpoint(net, x, use_reentrant=False), lambda: net.set(0.25))
+    def train() -> list[Tensor]:
+        return gradients(net, lambda x: checkpoint(net, x, use_reentrant=False), lambda: net.set(0.25))
 
-        assert_same(other.submit(train).result(), expected)
+    def validate() -> None:
+        net.set(0.5)
+        with torch.no_grad():
+            net(net.x)
+
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as another:
+        for _ in range(3):
+            one.submit(validate).result()
+            assert_same(another.submit(train).result(), expected)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
