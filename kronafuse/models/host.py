@@ -14,6 +14,7 @@ from .host_methods import (
     FUSING_METHODS,
     SAVING_METHODS,
     TREE_METHODS,
+    LoadStateDict,
     Refusal,
     Saving,
     StateDict,
@@ -48,6 +49,7 @@ class Host:
             model.__dict__[HOST] = host
             host._freeze(model)
             host.methods.append(StateDict.install(host, model, "state_dict"))
+            host.methods.append(LoadStateDict.install(host, model, "load_state_dict"))
             for module, name in methods_of(model, SAVING_METHODS):
                 host.methods.append(Saving.install(host, module, name))
             for module, name in methods_of(model, TREE_METHODS):

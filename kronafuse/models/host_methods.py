@@ -35,6 +35,9 @@ FUSING_METHODS = ("fuse_qkv_projections", "fuse_projections")
 SAVING_METHODS = ("save_pretrained",)
 """Of diffusers, transformers and huggingface_hub; `push_to_hub` and a pipeline's call them."""
 
+PEFT_FUNCTIONS = ("get_peft_model_state_dict", "set_peft_model_state_dict")
+"""PEFT's functions by which training scripts save and load its adapters; they name layers by where they are."""
+
 ADDING_METHODS = ("add_adapter", "load_lora_adapter", "load_adapter", "load_attn_procs")
 """diffusers' and transformers' methods that let PEFT replace layers by its own."""
 
@@ -70,13 +73,16 @@ class Refusal(InstanceMethod):
 
 
 class StateDict(InstanceMethod):
-    """The `state_dict` of a model that got adapters, which notices a save of a larger model around it."""
+    """The `state_dict` of a model that got adapters, which is not for two callers.
+
+    They are a `save_pretrained` of a larger model around this one, and PEFT's function that saves its adapters.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the method returns.
 
         Raises RuntimeError within a `save_pretrained` of a model that attach did not see: the folder would load
-        with random weights in the adapted layers.
+        with random weights in the adapted layers. Raises it for PEFT's function where both adapt a layer.
         """
         prefix = kwargs.get("prefix") or (args[1] if len(args) > 1 else "")
         frame = sys._getframe(1) if prefix else None
@@ -88,7 +94,34 @@ class StateDict(InstanceMethod):
                     " save it before attach or after remove()"
                 )
             frame = frame.f_back
+        refuse_peft(self.module, sys._getframe(1).f_code.co_name)
         return self.original()(*args, **kwargs)
+
+
+class LoadStateDict(InstanceMethod):
+    """The `load_state_dict` of a model that got adapters, which is not for PEFT's function that loads its adapters."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the method returns. Raises RuntimeError where PEFT would find none of its layers' names."""
+        refuse_peft(self.module, sys._getframe(1).f_code.co_name)
+        return self.original()(*args, **kwargs)
+
+
+def refuse_peft(model: nn.Module, caller: str) -> None:
+    """Raises RuntimeError in a function of PEFT that would save its adapters under names with ours, or load none."""
+    if caller not in PEFT_FUNCTIONS:
+        return
+    both = [
+        name
+        for name, each in model.named_modules()
+        if isinstance(each, KronLinear) and hasattr(each.base, "base_layer")
+    ]
+    if both:
+        raise RuntimeError(
+            f"{caller}: {len(both)} layers of the model carry kronafuse adapters too, the first {both[0]}, and PEFT's"
+            " names of them would not be those of a file; use the model's save_lora_adapter and load_lora_adapter, or"
+            " remove() the kronafuse adapters first"
+        )
 
 
 class WithoutAdapters(InstanceMethod):

@@ -23,6 +23,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from huggingface_hub import HfApi
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
@@ -335,6 +336,32 @@ def test_peft_files_have_the_models_own_names(tmp_path):
     assert all(torch.equal(each, files[1][key]) for key, each in files[0].items())
     attachment.remove()
     assert torch.allclose(output(model, inputs), output(plain, inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("first", ["peft", "attach"])
+def test_pefts_functions_that_would_name_its_layers_wrongly_are_refused(first):
+    """Saving gave names that nothing loads, and loading found none of its names, both without an error."""
+    model, inputs = build("sd15")
+    if first == "peft":
+        add_peft(model, "sd15")
+    attachment = attach(model, KRONA)
+    randomize(attachment)
+    if first == "attach":
+        add_peft(model, "sd15")
+    both = output(model, inputs)
+    refused = (
+        r"et_peft_model_state_dict: 16 layers .*; use the model's save_lora_adapter and load_lora_adapter"
+    )
+    with pytest.raises(RuntimeError, match=refused):
+        get_peft_model_state_dict(model, adapter_name="theirs")
+    plain, _ = build("sd15")
+    add_peft(plain, "sd15")
+    theirs = get_peft_model_state_dict(plain, adapter_name="theirs")
+    with pytest.raises(RuntimeError, match=refused):
+        set_peft_model_state_dict(model, theirs, adapter_name="theirs")
+    assert torch.equal(output(model, inputs), both)
+    attachment.remove()
+    assert get_peft_model_state_dict(model, adapter_name="theirs").keys() == theirs.keys()
 
 
 def test_peft_deltas_can_be_fused_under_the_adapters():
