@@ -16,7 +16,7 @@ from ..nn.fields import number
 from ..nn.scale import in_float32
 from ..nn.sharding import gathered, sharded_like
 from ..nn.spec import Spec
-from ..nn.trained import TrainedTensors
+from ..nn.trained import LOADED, TrainedTensors
 from .checks import check_tensors
 from .host import Host
 from .offloading import Stores
@@ -90,7 +90,7 @@ class Attachment(ABC):
                 else:
                     write(whole[name])
         for trained in self._trained.values():
-            trained.tensors_replaced()
+            trained.forbid_repeats(LOADED)
 
     @property
     @abstractmethod

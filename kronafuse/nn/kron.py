@@ -105,6 +105,7 @@ class KronLinear(nn.Module):
         """
         if factors not in self._merging:
             self._merging.add(name, self.base, factors)
+            factors.forbid_repeats("merge: the adapter was folded into its layer's weight")
         if not keep:
             self._merging.forget()
 
@@ -112,6 +113,7 @@ class KronLinear(nn.Module):
         """Undo `merge`: the last one to go puts back the original Parameter, the same object and bits."""
         if factors in self._merging:
             self._merging.take_out(name, self.base, factors)
+            factors.forbid_repeats("unmerge: the adapter was taken out of its layer's weight")
 
     def is_merged(self, factors: KronFactors) -> bool:
         """Whether this adapter's delta is in the weight now."""
@@ -129,6 +131,8 @@ class KronLinear(nn.Module):
 
     def terms(self) -> tuple[KronTerm, ...]:
         """The deltas that a call adds, as the operators take them."""
+        for each in self._merging.merged:
+            each.check_repeat()
         return tuple(each() if has_hooks(each) else each.term() for each in self.active())
 
     def frozen_linear(self, x: Tensor, terms: tuple[KronTerm, ...]) -> FrozenLinear:

@@ -56,7 +56,7 @@ class _Calls:
     values:   values[i] is of the nodes with numbers below ends[i] and not below ends[i - 1]
     later:    of nodes from the last end on, if not the value of now: the thread has not called since it was changed
     lost:     nodes below this number are from before what is remembered
-    replaced: nodes below this number are from before the tensors were overwritten
+    replaced: nodes below this number are from before the tensors were overwritten, or merged
     records:  whether the thread has made nodes by now, so that a call of its own may be repeated
     """
 
@@ -103,7 +103,7 @@ class Scale:
 
     __slots__ = (
         "__weakref__", "_address", "_calls", "_changed", "_looked", "_repeating", "_threads", "_token", "_version",
-        "buffer", "value",
+        "_why", "buffer", "value",
     )  # fmt: skip
 
     def __init__(self, buffer: Tensor, value: float) -> None:
@@ -115,6 +115,7 @@ class Scale:
         self._changed = False
         self._repeating: tuple[int, int] | None = None
         self._looked: tuple[tuple[int, int], float] | None = None
+        self._why = ""
         self.at(buffer)
 
     def __getstate__(self) -> tuple[float, Tensor]:
@@ -160,8 +161,9 @@ class Scale:
         """Whether something else has written to the buffer since, as DistributedDataParallel does at every call."""
         return _version_of(self.buffer) != self._version
 
-    def tensors_replaced(self) -> None:
-        """The adapter's tensors were overwritten: a forward from before cannot be repeated."""
+    def forbid_repeats(self, why: str) -> None:
+        """A forward from before cannot be repeated: `why` says what has been done to the adapter."""
+        self._why = why
         for token, calls in self._threads.items():
             self._changed = True
             if token is _here.token:
@@ -207,8 +209,8 @@ class Scale:
                 )
             if number < calls.replaced:
                 raise RuntimeError(
-                    "load_state_dict: the adapter's tensors were overwritten between a checkpointed forward and its"
-                    " backward, which would repeat the forward with the new ones; call backward first"
+                    f"{self._why} between a checkpointed forward and its backward, which would repeat the forward as"
+                    " it is now; call backward first"
                 )
             value = calls.at(number)
             found.add(self.value if value is None else value)

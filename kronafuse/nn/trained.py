@@ -12,6 +12,8 @@ from ..checks import check_number
 from .scale import Scale, is_capturing, scale_of_forward
 from .spec import TensorLayout
 
+LOADED = "load_state_dict: the adapter's tensors were overwritten"
+
 
 class TrainedTensors(nn.Module):
     """Parameters as a layout says, and a scale that may be set at any time without a recompile.
@@ -101,9 +103,14 @@ class TrainedTensors(nn.Module):
         self.check_strength(strength)
         self._scale.set(strength * self.layout.scale, self.scale)
 
-    def tensors_replaced(self) -> None:
-        """To be called after the tensors were overwritten by others than an optimizer."""
-        self._scale.tensors_replaced()
+    def forbid_repeats(self, why: str) -> None:
+        """Let a checkpointed forward from before now raise where its backward repeats it; `why` opens the message."""
+        self._scale.forbid_repeats(why)
+
+    def check_repeat(self) -> None:
+        """Raises RuntimeError where the call being made repeats a forward from before `forbid_repeats`."""
+        if not torch.compiler.is_compiling():
+            self._scale.of_this_call()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainedTensors:
         super()._apply(fn, recurse)
@@ -130,7 +137,7 @@ class TrainedTensors(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self.tensors_replaced()
+        self.forbid_repeats(LOADED)
         buffer = self.scale
         if given is not None and not buffer.is_meta:
             self._scale.set(float(buffer), buffer)

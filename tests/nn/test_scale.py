@@ -209,6 +209,28 @@ def test_tensors_loaded_between_a_checkpointed_forward_and_its_backward_raise():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+def test_merging_between_a_checkpointed_forward_and_its_backward_raises(reentrant):
+    """A re-entrant checkpoint would give no gradient, without a word."""
+    net = Net()
+    expected = gradients(net, net, lambda: None)
+
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(net, x, use_reentrant=reentrant)
+
+    def each_layer(method: str) -> None:
+        for layer in (net.first, net.second):
+            getattr(layer.inner, method)(layer.trained)
+
+    with pytest.raises(RuntimeError, match=r"^merge: the adapter was folded into its layer's weight between"):
+        gradients(net, run, lambda: each_layer("merge"))
+    with pytest.raises(
+        RuntimeError, match=r"^unmerge: the adapter was taken out of its layer's weight between"
+    ):
+        gradients(net, run, lambda: each_layer("unmerge"))
+    assert_same(gradients(net, run, lambda: None), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_threads_that_make_it_impossible_to_tell_raise(reentrant):
     net = Net()
 
