@@ -19,7 +19,7 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ACTIVATIONS = ("identity", "relu", "sigmoid", "silu", "gelu")
 """Between a bottleneck's two layers; gelu is the exact one, by erf."""
 FLOAT32_MAX = torch.finfo(torch.float32).max
-"""The largest scale beside everything but float64: kernels apply scales in float32."""
+"""The largest scale for tensors of every dtype but float64: kernels apply scales in float32."""
 MAX_WIDTH = 256
 """Largest hidden width H of a bottleneck."""
 _Named = Sequence[tuple[str, Tensor | None]]

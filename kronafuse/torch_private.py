@@ -145,7 +145,7 @@ def node_sequence_number(node: Any) -> int:
 
 
 def current_backward() -> int:
-    """What tells the innermost backward under way on this thread from others; -1 outside one, or where unknown."""
+    """Return a number that only the innermost backward on this thread has; -1 outside a backward, or if unknown."""
     return -1 if _current_backward is None else _current_backward()
 
 
@@ -176,7 +176,7 @@ _GLOBAL_HOOKS = tuple(
     )
 )
 _WATCHERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
-"""Modules of torch's trackers, by whose hooks FlopCounterMode and its like know which module is running."""
+"""Modules of torch's trackers, by whose hooks FlopCounterMode and memory trackers know which module is running."""
 
 
 def has_global_hooks() -> bool:

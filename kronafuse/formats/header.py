@@ -1,4 +1,4 @@
-"""What our own files say about an adapter in addition to its tensors: a JSON object with a digest of both."""
+"""The JSON object that our own files hold in addition to an adapter's tensors, with a digest of both."""
 
 from __future__ import annotations
 

@@ -29,10 +29,10 @@ MAX_RECORDS = 1000
 MAKES_TENSORS = re.compile(
     r"torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)|collections OrderedDict|torch [A-Za-z0-9]+Storage"
 )
-"""What the pickle of a state_dict calls, as module and name."""
+"""The functions that the pickle of a state_dict calls, as module and name."""
 
 OTHER_CALLS = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
-"""Operations that call something without its name beside them; torch.save writes none."""
+"""Operations that call something without its name next to them; torch.save writes none."""
 
 OLD_PICKLES = 5
 """Pickles that a file of the format before zip files begins with: magic, protocol, system, tensors, storages."""

@@ -27,7 +27,7 @@ LENGTH_BYTES = 8
 METADATA = "__metadata__"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FIELDS = {"dtype", "shape", "data_offsets"}
-"""What the header says of each tensor."""
+"""The fields of each tensor in the header."""
 
 
 def check_values(op: str, tensors: Mapping[str, Tensor]) -> None:

@@ -194,7 +194,7 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _described(folder: Path, spec: Bottleneck | None) -> tuple[Bottleneck, float, Mapping[str, Any] | None]:
-    """What is asked for, or what the folder says of itself, and its description; both must agree."""
+    """Return the spec that is asked for, or the folder's own, with its description; both must agree."""
     path = folder / HEADER
     if spec is not None and not isinstance(spec, Bottleneck):
         raise TypeError(

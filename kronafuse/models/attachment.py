@@ -170,7 +170,7 @@ class Attachment(ABC):
         """What is adapted, how it runs and what is not; `print(attachment.report)` gives it as a table."""
 
     def adapter_file(self) -> AdapterFile:
-        """What `formats.save` writes: the spec, the modules with their sizes, the scale, and the tensors.
+        """Return the record that `formats.save` writes: spec, modules with their sizes, scale, and tensors.
 
         The spec's dtype is that of the tensors, if a cast of the whole model has changed it. Raises RuntimeError for
         a model on meta, whose tensors have no values.

@@ -20,7 +20,7 @@ from ..nn.trained import TrainedTensors
 
 
 class Stores:
-    """Where the tensors of a model's adapters are at the moment.
+    """Access to the tensors of a model's adapters in the place where each is kept at the moment.
 
     op:      named in errors
     model:   the model that the adapters are on
@@ -49,7 +49,7 @@ class Stores:
         return tensor if keeper is None else keeper.read(name)
 
     def writer(self, place: str, trained: TrainedTensors, name: str) -> Callable[[Tensor], None] | None:
-        """What writes new values into the library's store; None where the tensor itself is to be written.
+        """Return what writes new values into the store of a library; None if the tensor itself is to be written.
 
         Raises RuntimeError where that is not possible.
         """
@@ -65,7 +65,7 @@ class Stores:
         return keeper.writer(f"{self._op}: {place}.{name}", name)
 
     def scale_writer(self, trained: TrainedTensors) -> Callable[[Tensor], None]:
-        """What writes the adapter's scale into the store that a call takes the buffer from, if there is one.
+        """Return what writes the scale into the store that a call takes the buffer from, if there is one.
 
         Raises RuntimeError where that store cannot be written.
         """

@@ -12,7 +12,7 @@ from .instance_methods import InstanceMethod
 from .taps import BlockAdapters
 
 HOST = "_kronafuse_host"
-"""Where a model with adapters keeps its Host; absent from a model without."""
+"""The attribute in which a model with adapters keeps its Host; absent from a model without."""
 
 
 def unadapted(

@@ -51,7 +51,7 @@ UNKNOWN = _Unknown()
 
 
 class _Calls:
-    """What one thread's calls used.
+    """The values that one thread's calls used.
 
     values:   values[i] is of the nodes with numbers below ends[i] and not below ends[i - 1]
     later:    of nodes from the last end on, if not the value of now: the thread has not called since it was changed
@@ -78,7 +78,7 @@ class _Calls:
             del self.values[0]
 
     def at(self, number: int) -> float | _Unknown | None:
-        """What the call used that made the node of this number; None for the value of now."""
+        """Return the value that the call which made the node of this number used; None for the value of now."""
         index = bisect_right(self.ends, number)
         return self.later if index == len(self.ends) else self.values[index]
 

@@ -41,7 +41,7 @@ class TrainedTensors(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """What multiplies the delta, as the buffer: the layout's scale times the strength set last."""
+        """The factor of the delta, as the buffer: the layout's scale times the strength set last."""
         return self.get_buffer(self.SCALE)
 
     @property
@@ -57,7 +57,7 @@ class TrainedTensors(nn.Module):
             self._scale.set(float(buffer), buffer)
 
     def scale_of_call(self) -> float | Tensor:
-        """What multiplies the delta in the call being made: a number, or a tensor where a graph is being recorded.
+        """Return the factor of the delta in the call being made: a number, or a tensor where a graph is being recorded.
 
         A forward that gradient checkpointing repeats gets the value that it had the first time. Raises
         RuntimeError where that is not known any more (`nn/scale.py`).

@@ -13,13 +13,13 @@ from torch import Tensor
 from .calls import as_dtype
 
 SMALLEST = 2.0**-150
-"""The largest number that rounds to 0 in float32, in which every scale is applied except beside float64."""
+"""The largest number that rounds to 0 in float32, in which scales are applied to all tensors but those of float64."""
 NORMAL = 2.0**-126
 """Smaller numbers of float32 are 0 to a GEMM where the processor flushes them (torch.set_flush_denormal)."""
 
 
 def on_host(scale: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """The scale as a number, rounded as it is applied beside `dtype`; a tensor of another device stays one."""
+    """The scale as a number, rounded as it is applied to tensors of `dtype`; a tensor of another device stays one."""
     if not isinstance(scale, Tensor):
         return 0.0 if scale != 0 and vanishes(scale, dtype) else scale
     if scale.device.type != "cpu":
@@ -28,7 +28,7 @@ def on_host(scale: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 
 
 def vanishes(scale: float, dtype: torch.dtype) -> bool:
-    """Whether the number is 0 where it is applied beside tensors of this dtype."""
+    """Whether the number is 0 where it is applied to tensors of this dtype."""
     return scale == 0 or (dtype != torch.float64 and abs(scale) <= SMALLEST)
 
 

@@ -1,4 +1,4 @@
-"""What is not implemented under torch's transforms and tracers, said in our words instead of torch's."""
+"""Errors in our words for the transforms and tracers of torch that are not implemented."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REASONS = (
     ("Functionalize rule", FUNCTIONALIZED),
     ("unsupported input list type", TRACED),
 )
-"""What torch's message contains -> ours. Another message goes on as it is."""
+"""A part of torch's message -> ours. Another message goes on as it is."""
 
 
 def explained(op: str, function: Callable[..., Any], *arguments: Any) -> Any:

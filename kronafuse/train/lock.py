@@ -76,7 +76,7 @@ def _acquire(lock: FileLock, folder: Path, what: str) -> None:
 
 
 def _holder(folder: Path) -> dict[str, Any]:
-    """What the holder wrote; empty in the moment before it does."""
+    """Return what the holder wrote; empty in the moment before it does."""
     try:
         holder = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What is printed on terminals and into files whose encoding lacks some characters."""
+"""Printing on terminals and into files whose encoding lacks some characters: those are replaced."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class StepArm:
     """One way to train.
 
     put:         puts the adapters on a model that is the arm's own
-    library:     the distribution that it needs beside ours, by import name and distribution
+    library:     the distribution that it needs in addition to ours, by import name and distribution
     operator:    starts the name of an operator that must be seen to run, None for none
     kernels:     on a GPU, kernels of that operator's library must be seen too
     counted:     starts the names of operators whose calls a note counts, though none need run

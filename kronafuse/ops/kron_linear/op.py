@@ -28,9 +28,9 @@ def kron_linear_group(x: Tensor, layers: Sequence[FrozenLinear], *, impl: str = 
     Weight, bias and base must have x's dtype outside autocast; factors of another dtype are cast to it, and
     their gradients come in their own. Gradients of everything that asks for one; second derivatives raise.
     A scale of 0 is multiplied by: the delta is 0 where x and the factors are finite, and NaN where a NaN or an infinity
-    of theirs goes in. NaN may reach further features and rows, since small factors are multiplied beside zeros. No
+    of theirs goes in. NaN may reach further features and rows, since small factors are laid out among zeros. No
     product that overflows in fp16 at another scale makes a NaN of finite tensors, except with impl="reference" and,
-    where the scale is a tensor on a GPU, x · b_downᵀ beside a left factor.
+    where the scale is a tensor on a GPU, x · b_downᵀ of a term that has a left factor too.
     Raises ValueError (shapes), TypeError (dtypes), NotImplementedError (impl cannot serve; lists the reasons).
     Source: KronA, arXiv 2212.10650; DiffuseKronA, arXiv 2402.17412; LoKr, arXiv 2309.14859.
     """
