@@ -58,7 +58,7 @@ def spec_from_dict(values: Mapping[str, Any]) -> Spec:
     for names, what in ((set(remaining) - known, "has no fields"), (known - set(remaining), "lacks fields")):
         if names:
             raise ValueError(
-                f"spec: {kind.__name__} {what} {', '.join(sorted(names))}; it has {', '.join(sorted(known))}"
+                f"spec: {kind.__name__} {what} {', '.join(sorted(names))}; its fields are {', '.join(sorted(known))}"
             )
     dtype = DTYPES.get(str(remaining["dtype"]))
     if dtype is None:

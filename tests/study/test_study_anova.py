@@ -617,6 +617,15 @@ def test_a_boolean_column_is_filtered_by_its_words(tmp_path: Path) -> None:
         filtered(read, [parse_condition("flip=yes")])
 
 
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    path.write_text("activation, activation,seed,accuracy_new\nrelu,gelu,0,0.5\n")
+    with pytest.raises(
+        ValueError, match=r"each column must have a name of its own; activation is there twice"
+    ):
+        read_results(path)
+
+
 def test_a_byte_order_mark_and_blanks_behind_commas_change_nothing(tmp_path: Path) -> None:
     table = crossed()[["activation", "scale", "seed", "score"]]
     text = table.to_csv(index=False)

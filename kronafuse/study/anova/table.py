@@ -96,10 +96,16 @@ def read_csv(path: Path) -> pd.DataFrame:
     """A CSV file, with or without a byte order mark and blanks behind commas; only cells without text are empty.
 
     "None" and "NA" are text, since a level may be called so; `check_response` takes them for empty in a response.
+    Raises
+    ValueError for a column name that is there twice.
     """
-    return pd.read_csv(
-        path, encoding="utf-8-sig", keep_default_na=False, na_values=[""], skipinitialspace=True
-    )
+    options: dict[str, Any] = {"encoding": "utf-8-sig", "keep_default_na": False, "skipinitialspace": True}
+    # pandas gives the second of two equal names another one.
+    names = pd.read_csv(path, header=None, nrows=1, dtype=str, **options).iloc[0]
+    twice = sorted(set(names[names.duplicated() & (names != "")]))
+    if twice:
+        raise ValueError(f"each column must have a name of its own; {', '.join(twice)} is there twice")
+    return pd.read_csv(path, na_values=[""], **options)
 
 
 def _check_positions(path: Path, table: pd.DataFrame) -> None:
