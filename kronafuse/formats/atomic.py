@@ -120,7 +120,7 @@ def remove_stale(target: Path) -> None:
         return  # a folder that may be written to but not listed
     for entry in entries:
         match = temporary.fullmatch(entry.name)
-        if match is None or _runs(int(match[1])):
+        if match is None or runs(int(match[1])):
             continue
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path, ignore_errors=True)
@@ -128,7 +128,8 @@ def remove_stale(target: Path) -> None:
             Path(entry.path).unlink(missing_ok=True)
 
 
-def _runs(process: int) -> bool:
+def runs(process: int) -> bool:
+    """Whether a process of this machine exists; True where that cannot be asked."""
     if os.name != "posix":
         return True  # elsewhere signal 0 is not a question
     try:

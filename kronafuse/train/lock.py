@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..formats.atomic import write_json
+from ..formats.atomic import runs, write_json
 
 LOCK, HOLDER = ".kronafuse.lock", ".kronafuse.lock.json"
 """The lock, which the system takes back from a process that ends however it ends, and who holds it."""
@@ -98,12 +97,4 @@ def _named(holder: dict[str, Any]) -> str:
 def _has_ended(holder: dict[str, Any]) -> bool:
     """Whether the holder is known to be gone: a process of this machine that does not exist."""
     process = holder.get("process")
-    if sys.platform == "win32" or type(process) is not int or holder.get("host") != socket.gethostname():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):
-        return False
-    return False
+    return type(process) is int and holder.get("host") == socket.gethostname() and not runs(process)
